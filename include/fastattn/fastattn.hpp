@@ -1,0 +1,88 @@
+// fastattn's C++ interface: one struct that describes a problem and one function that runs it, for each op.
+//
+// Nothing here allocates device memory, throws, or prints. A problem that cannot be run comes back as a Status whose
+// message names the argument, what came and what is allowed; nothing has been launched or written then.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "fastattn/tensor_view.hpp"
+
+namespace fastattn {
+
+struct Status {
+  char message[256] = {};  // empty: success
+  bool ok() const { return message[0] == '\0'; }
+};
+
+// Where an op runs.
+
+// Host threads, supplied by the caller: run task(context, i) for every i in [0, count), in any order and in parallel,
+// and return when all are done.
+class Threads {
+ public:
+  using Task = void (*)(void* context, std::int64_t i);
+  virtual void run(std::int64_t count, Task task, void* context) const = 0;
+
+ protected:
+  ~Threads() = default;
+};
+
+// std::thread workers for programs that bring no pool of their own. `count` 0 means one per core.
+class StdThreads final : public Threads {
+ public:
+  explicit StdThreads(int count = 0);
+  void run(std::int64_t count, Task task, void* context) const override;
+
+ private:
+  int count_;
+};
+
+// A CUDA stream (cudaStream_t) of the current device. Work is enqueued; nothing waits for it.
+struct Stream {
+  void* handle = nullptr;
+};
+
+// The instruction set the CPU kernels use: "avx512", "avx2" or, where neither exists, an error from every CPU op.
+const char* cpu_instruction_set();
+
+// Is this library built with GPU kernels?
+bool built_with_cuda();
+
+// attention: softmax(scale · Q Kᵀ, masked) V.
+
+inline constexpr std::int64_t kUnbounded = -1;
+
+// Query i keeps key j when −left ≤ j − (i + seq_k − seq_q) ≤ right. Causal is right = 0.
+struct Window {
+  std::int64_t left = kUnbounded, right = kUnbounded;
+};
+
+struct Attention {
+  TensorView q;          // [batch, seq_q, heads, head_dim]
+  TensorView k, v;       // [batch, seq_k, kv_heads, head_dim]; heads is a multiple of kv_heads
+  TensorView out;        // like q
+  float* lse = nullptr;  // [batch, heads, seq_q], contiguous: natural log-sum-exp of each row's scaled scores
+  float scale = 1.f;
+  Window window;
+};
+
+Status attention(const Attention& problem, const Threads& threads);
+Status attention(const Attention& problem, Stream stream);
+
+// Gradients of `attention`: from those of `out` and `lse` to those of q, k and v.
+struct AttentionBackward {
+  Attention forward;            // the problem, with the `out` and `lse` that it produced
+  TensorView dout;              // like out
+  const float* dlse = nullptr;  // like lse; null means zero
+  TensorView dq, dk, dv;        // like q, k, v
+  void* workspace = nullptr;    // attention_backward_workspace(…) bytes, 256-byte aligned; on the CPU or on the device
+};
+
+std::size_t attention_backward_workspace(const AttentionBackward& problem, const Threads& threads);
+std::size_t attention_backward_workspace(const AttentionBackward& problem, Stream stream);
+Status attention_backward(const AttentionBackward& problem, const Threads& threads);
+Status attention_backward(const AttentionBackward& problem, Stream stream);
+
+}  // namespace fastattn

@@ -1,0 +1,36 @@
+// What lets one text compile for the host, for the device and inside static_assert.
+#pragma once
+
+#include <cmath>
+#include <limits>
+
+#if defined(__CUDACC__)
+#define FASTATTN_HD __host__ __device__ __forceinline__
+#else
+#define FASTATTN_HD inline
+#endif
+
+namespace fastattn {
+
+inline constexpr float kInfinity = std::numeric_limits<float>::infinity();
+inline constexpr float kLog2E = 1.4426950408889634f;
+inline constexpr float kLn2 = 0.6931471805599453f;
+
+template <class T>
+FASTATTN_HD constexpr T min_of(T a, T b) {
+  return b < a ? b : a;
+}
+template <class T>
+FASTATTN_HD constexpr T max_of(T a, T b) {
+  return a < b ? b : a;
+}
+template <class T>
+FASTATTN_HD constexpr T ceil_div(T a, T b) {
+  return (a + b - 1) / b;
+}
+
+// Scalar forms of what score policies ask of a value; the CPU kernels overload them for vectors.
+FASTATTN_HD float exp2(float x) { return ::exp2f(x); }
+FASTATTN_HD float log2(float x) { return ::log2f(x); }
+
+}  // namespace fastattn

@@ -1,0 +1,60 @@
+// Dense, causal and sliding-window attention: one schedule, told apart by two integers at run time.
+#pragma once
+
+#include "fastattn/schedule/schedule.hpp"
+
+namespace fastattn {
+
+// Query q keeps key k when −left ≤ k − (q + num_k − num_q) ≤ right: a band around the diagonal that ends in the
+// bottom-right corner. Causal is right = 0; an unbounded side is any value ≥ num_q + num_k.
+struct Band {
+  int num_q, num_k, left, right;
+
+  // Key tiles [at, end), of which [full_begin, full_end) are full.
+  struct Cursor {
+    int at, end, full_begin, full_end;
+
+    FASTATTN_HD constexpr bool next(TileRun& run) {
+      if (at >= end) {
+        return false;
+      }
+      const bool full = full_begin <= at && at < full_end;
+      const int stop = full ? full_end : (at < full_begin ? full_begin : end);
+      run = {at, stop - at, full ? Coverage::kFull : Coverage::kPartial};
+      at = stop;
+      return true;
+    }
+  };
+
+  FASTATTN_HD constexpr bool keeps(int q, int k) const {
+    const int offset = k - q - (num_k - num_q);
+    return -left <= offset && offset <= right && 0 <= k && k < num_k && q < num_q;
+  }
+
+  FASTATTN_HD constexpr Cursor runs(int q_tile, TileShape shape) const {
+    const int diagonal = num_k - num_q;
+    const int q_first = q_tile * shape.q;
+    const int q_last = min_of(q_first + shape.q, num_q) - 1;
+    const int any_begin = max_of(q_first + diagonal - left, 0);         // some row keeps these keys
+    const int any_end = min_of(q_last + diagonal + right + 1, num_k);   //
+    const int all_begin = max_of(q_last + diagonal - left, 0);          // every row keeps these keys
+    const int all_end = min_of(q_first + diagonal + right + 1, num_k);  //
+    if (any_begin >= any_end) {
+      return {0, 0, 0, 0};
+    }
+    const int begin = any_begin / shape.k, end = ceil_div(any_end, shape.k);
+    const int full_begin = ceil_div(all_begin, shape.k), full_end = max_of(all_end, 0) / shape.k;
+    const bool whole_rows = q_first + shape.q <= num_q;  // a query tile past the end has no full tile
+    if (!whole_rows || full_begin >= full_end) {
+      return {begin, end, end, end};
+    }
+    return {begin, end, full_begin, full_end};
+  }
+
+  FASTATTN_HD constexpr Band transposed() const { return {num_k, num_q, right, left}; }
+};
+
+static_assert(TileSchedule<Band>);
+static_assert(is_exact(Band{17, 22, 6, 0}, {8, 4}));
+
+}  // namespace fastattn

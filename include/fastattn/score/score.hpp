@@ -1,0 +1,44 @@
+// A score policy turns the scores of one query row into weights, tile by tile, and back into gradients.
+//
+// The kernel owns the loop and the storage: a row lives in the registers of four lanes on the GPU and in an array on
+// the CPU. The policy sees it through three operations and is written once for both.
+#pragma once
+
+#include <concepts>
+
+#include "fastattn/portable.hpp"
+
+namespace fastattn {
+
+struct Identity {
+  template <class T>
+  FASTATTN_HD constexpr T operator()(T x) const {
+    return x;
+  }
+};
+
+// max() is the whole row's maximum. apply(f) replaces each score by f(score) and returns this lane's share of the new
+// values' sum; the shares are added up once, by `finish`.
+template <class R>
+concept ScoreRow = requires(R row) {
+  { row.max() } -> std::same_as<float>;
+  { row.apply(Identity{}) } -> std::same_as<float>;
+};
+
+// What multiplies the accumulated output at the end, and the row's log-sum-exp (natural logarithm).
+struct RowResult {
+  float output_scale, lse;
+};
+
+// Masked scores arrive as −∞ and must weigh exactly 0. `lse2` is the row's log-sum-exp in base 2, +∞ for a row that
+// keeps nothing; `delta` is Σ(output · output gradient) − the gradient of the row's log-sum-exp.
+template <class P, class Row>
+concept ScorePolicy = ScoreRow<Row> && requires(const P policy, typename P::State& state, Row row, float x) {
+  { P::kRescales } -> std::convertible_to<bool>;         // does absorbing a tile rescale the output so far?
+  { policy.absorb(state, row) } -> std::same_as<float>;  // scores become weights in place; returns that factor
+  { policy.finish(state, Identity{}) } -> std::same_as<RowResult>;  // with the reduction of a sum over the row's lanes
+  { policy.weight(x, x) } -> std::same_as<float>;                   // backward: weight(score, lse2)
+  { policy.score_gradient(x, x, x) } -> std::same_as<float>;        // backward: (weight, weight gradient, delta)
+};
+
+}  // namespace fastattn

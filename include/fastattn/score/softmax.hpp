@@ -1,0 +1,47 @@
+// Online softmax in base 2 (Online normalizer calculation for softmax, arXiv 1805.02867; FlashAttention, 2205.14135).
+#pragma once
+
+#include "fastattn/score/score.hpp"
+
+namespace fastattn {
+
+struct Softmax {
+  // The row so far: its largest score and this lane's share of the sum of weights relative to it.
+  struct State {
+    float max = -kInfinity, sum = 0.f;
+  };
+  static constexpr bool kRescales = true;
+
+  float scale_log2;  // scale · log2(e): one multiply-add and one ex2 per score
+
+  FASTATTN_HD float absorb(State& state, ScoreRow auto row) const {
+    const float max = max_of(state.max, row.max());
+    const float base = max == -kInfinity ? 0.f : max * scale_log2;  // an empty row so far: keep −∞ − −∞ out
+    const float decay = exp2(state.max * scale_log2 - base);
+    const float scale = scale_log2;
+    const float sum = row.apply([scale, base](auto score) { return exp2(score * scale - base); });
+    state = {max, state.sum * decay + sum};
+    return decay;
+  }
+
+  template <class Reduce>
+  FASTATTN_HD RowResult finish(State state, Reduce&& reduce) const {
+    const float sum = reduce(state.sum);
+    if (sum == 0.f) {
+      return {0.f, -kInfinity};
+    }
+    return {1.f / sum, (state.max * scale_log2 + log2(sum)) * kLn2};
+  }
+
+  template <class T>
+  FASTATTN_HD T weight(T score, T lse2) const {
+    return exp2(score * scale_log2 - lse2);
+  }
+
+  template <class T>
+  FASTATTN_HD T score_gradient(T weight, T weight_gradient, T delta) const {
+    return weight * (weight_gradient - delta);
+  }
+};
+
+}  // namespace fastattn

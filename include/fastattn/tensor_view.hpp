@@ -1,0 +1,31 @@
+// A tensor somebody else owns: [batch, seq, heads, head_dim], strides in elements, last stride 1.
+#pragma once
+
+#include <cstdint>
+
+namespace fastattn {
+
+enum class DType : std::uint8_t { kFloat32, kFloat16, kBFloat16 };
+
+constexpr int size_of(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
+
+struct TensorView {
+  void* data = nullptr;
+  std::int64_t shape[4] = {};
+  std::int64_t stride[4] = {};
+  DType dtype = DType::kFloat32;
+
+  constexpr std::int64_t batch() const { return shape[0]; }
+  constexpr std::int64_t seq() const { return shape[1]; }
+  constexpr std::int64_t heads() const { return shape[2]; }
+  constexpr std::int64_t head_dim() const { return shape[3]; }
+  constexpr std::int64_t size() const { return shape[0] * shape[1] * shape[2] * shape[3]; }
+
+  // Row (b, s, h), head_dim elements long.
+  template <class Element>
+  Element* row(std::int64_t b, std::int64_t s, std::int64_t h) const {
+    return static_cast<Element*>(data) + b * stride[0] + s * stride[1] + h * stride[2];
+  }
+};
+
+}  // namespace fastattn
