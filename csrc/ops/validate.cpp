@@ -1,0 +1,155 @@
+#include "validate.hpp"
+
+#include <cmath>
+#include <cstdarg>
+#include <cstdio>
+#include <initializer_list>
+
+namespace fastattn {
+
+namespace {
+
+const char* name_of(DType dtype) {
+  switch (dtype) {
+    case DType::kFloat32:
+      return "float32";
+    case DType::kFloat16:
+      return "float16";
+    case DType::kBFloat16:
+      return "bfloat16";
+  }
+  return "an unknown dtype";
+}
+
+using Long = long long;
+
+// A tensor by the name its messages use.
+struct Named {
+  const char* name;
+  const TensorView& view;
+};
+
+Status check_layout(const char* op, Named tensor, DType dtype) {
+  const TensorView& view = tensor.view;
+  for (int axis = 0; axis < 4; ++axis) {
+    if (view.shape[axis] < 0) {
+      return failure("%s: %s has a negative size, %lld, at axis %d", op, tensor.name, Long{view.shape[axis]}, axis);
+    }
+  }
+  if (view.dtype != dtype) {
+    return failure("%s: %s must have the dtype of q, %s, got %s", op, tensor.name, name_of(dtype), name_of(view.dtype));
+  }
+  if (view.size() > 0 && view.data == nullptr) {
+    return failure("%s: %s has no data", op, tensor.name);
+  }
+  if (view.size() > 0 && view.stride[3] != 1) {
+    return failure("%s: %s must be contiguous in its last dimension, got stride %lld", op, tensor.name,
+                   Long{view.stride[3]});
+  }
+  return {};
+}
+
+Status check_shape(const char* op, Named tensor, Named like) {
+  const std::int64_t *got = tensor.view.shape, *want = like.view.shape;
+  for (int axis = 0; axis < 4; ++axis) {
+    if (got[axis] != want[axis]) {
+      return failure("%s: %s must have the shape of %s, [%lld, %lld, %lld, %lld], got [%lld, %lld, %lld, %lld]", op,
+                     tensor.name, like.name, Long{want[0]}, Long{want[1]}, Long{want[2]}, Long{want[3]}, Long{got[0]},
+                     Long{got[1]}, Long{got[2]}, Long{got[3]});
+    }
+  }
+  return {};
+}
+
+Status check_window_side(const char* op, const char* side, std::int64_t width) {
+  if (width < kUnbounded) {
+    return failure("%s: window.%s must be at least 0, or -1 for no bound, got %lld", op, side, Long{width});
+  }
+  return {};
+}
+
+Status check_forward(const char* op, const Attention& problem) {
+  const auto& [q, k, v, out, lse, scale, window] = problem;
+  const DType dtype = q.dtype;
+  if (dtype != DType::kFloat32 && dtype != DType::kFloat16 && dtype != DType::kBFloat16) {
+    return failure("%s: q must be float32, float16 or bfloat16, got %s", op, name_of(dtype));
+  }
+  for (const Named tensor : {Named{"q", q}, Named{"k", k}, Named{"v", v}, Named{"out", out}}) {
+    if (Status status = check_layout(op, tensor, dtype); !status.ok()) {
+      return status;
+    }
+  }
+  if (q.head_dim() < kHeadDimStep || q.head_dim() > kMaxHeadDim || q.head_dim() % kHeadDimStep != 0) {
+    return failure("%s: head_dim must be a multiple of 8 between 8 and 256, got %lld", op, Long{q.head_dim()});
+  }
+  if (k.head_dim() != q.head_dim()) {
+    return failure("%s: k must have the head_dim of q, %lld, got %lld", op, Long{q.head_dim()}, Long{k.head_dim()});
+  }
+  if (k.batch() != q.batch()) {
+    return failure("%s: k must have the batch size of q, %lld, got %lld", op, Long{q.batch()}, Long{k.batch()});
+  }
+  if (q.heads() > 0 && (k.heads() == 0 || q.heads() % k.heads() != 0)) {
+    return failure("%s: the heads of q must be a multiple of those of k, got %lld and %lld", op, Long{q.heads()},
+                   Long{k.heads()});
+  }
+  for (const Named tensor : {Named{"q", q}, Named{"k", k}}) {
+    if (tensor.view.seq() > kMaxSeq) {
+      return failure("%s: %s must be shorter than 2^30, got %lld", op, tensor.name, Long{tensor.view.seq()});
+    }
+  }
+  if (Status status = check_shape(op, {"v", v}, {"k", k}); !status.ok()) {
+    return status;
+  }
+  if (Status status = check_shape(op, {"out", out}, {"q", q}); !status.ok()) {
+    return status;
+  }
+  if (!std::isfinite(scale) || scale <= 0.f) {
+    return failure("%s: scale must be finite and positive, got %g", op, static_cast<double>(scale));
+  }
+  if (Status status = check_window_side(op, "left", window.left); !status.ok()) {
+    return status;
+  }
+  return check_window_side(op, "right", window.right);
+}
+
+}  // namespace
+
+Status failure(const char* format, ...) {
+  Status status;
+  std::va_list arguments;
+  va_start(arguments, format);
+  std::vsnprintf(status.message, sizeof status.message, format, arguments);
+  va_end(arguments);
+  return status;
+}
+
+Status validate(const Attention& problem) { return check_forward("attention", problem); }
+
+Status validate(const AttentionBackward& problem) {
+  const char* op = "attention_backward";
+  const Attention& forward = problem.forward;
+  if (Status status = check_forward(op, forward); !status.ok()) {
+    return status;
+  }
+  const Named q{"q", forward.q}, k{"k", forward.k}, v{"v", forward.v};
+  const struct {
+    Named gradient, of;
+  } pairs[] = {{{"dout", problem.dout}, {"out", forward.out}},
+               {{"dq", problem.dq}, q},
+               {{"dk", problem.dk}, k},
+               {{"dv", problem.dv}, v}};
+  for (const auto& [gradient, of] : pairs) {
+    if (Status status = check_layout(op, gradient, forward.q.dtype); !status.ok()) {
+      return status;
+    }
+    if (Status status = check_shape(op, gradient, of); !status.ok()) {
+      return status;
+    }
+  }
+  if (num_rows(forward) > 0 && forward.lse == nullptr) {
+    return failure("%s: lse is needed and has no data", op);
+  }
+  return {};
+}
+
+}  // namespace fastattn

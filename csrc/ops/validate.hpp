@@ -1,0 +1,35 @@
+// What every backend checks before it touches memory: the one place where attention's arguments are judged.
+#pragma once
+
+#include "fastattn/fastattn.hpp"
+#include "fastattn/schedule/band.hpp"
+
+namespace fastattn {
+
+inline constexpr std::int64_t kHeadDimStep = 8, kMaxHeadDim = 256;
+inline constexpr std::int64_t kMaxSeq = (std::int64_t{1} << 30) - 1;  // tile arithmetic is 32-bit
+
+// A failed Status with a printf-style message.
+[[gnu::format(printf, 1, 2)]] Status failure(const char* format, ...);
+
+// Success means that every element the op reads or writes is described without contradiction. A problem without
+// queries is valid (there is nothing to do), and so is one without keys (every row keeps nothing).
+Status validate(const Attention& problem);
+Status validate(const AttentionBackward& problem);
+
+// Rows of results; zero means that the forward has nothing to write.
+inline std::int64_t num_rows(const Attention& problem) {
+  return problem.q.batch() * problem.q.heads() * problem.q.seq();
+}
+
+// The mask of a valid problem. An unbounded side is as wide as it can matter, which keeps sums within 32 bits.
+inline Band band_of(const Attention& problem) {
+  const auto side = [](std::int64_t width, std::int64_t widest) {
+    return static_cast<int>(width == kUnbounded ? widest : min_of(width, widest));
+  };
+  const std::int64_t num_q = problem.q.seq(), num_k = problem.k.seq();
+  return {static_cast<int>(num_q), static_cast<int>(num_k), side(problem.window.left, num_k),
+          side(problem.window.right, num_q)};
+}
+
+}  // namespace fastattn
