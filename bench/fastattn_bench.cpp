@@ -1,0 +1,269 @@
+// fastattn_bench: times and checks fastattn's core, without torch, on the CPU or on the GPU.
+#include <cstdio>
+#include <cstdlib>
+#include <exception>
+#include <fstream>
+#include <iostream>
+#include <optional>
+#include <regex>
+#include <span>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "case.hpp"
+#include "device.hpp"
+#include "problem.hpp"
+
+namespace {
+
+using bench::Case;
+using fastattn::DType;
+
+constexpr const char* kUsage = R"(usage: fastattn_bench [options]
+  --list               print the device's cases and stop
+  --device cpu|cuda    where to run (cpu)
+  --filter REGEX       run the listed cases whose name matches
+  --case NAME          run this case, listed or not: b2_s1000[x1500]_h8[_kv2]_d64[_causal|_window256]; may be repeated
+  --mode fwd|bwd       (fwd)
+  --dtype fp32|fp16|bf16   (fp32 on the CPU, bf16 on the GPU)
+  --seconds S          time spent on each case (1); 0: run it once and do not time it
+  --check              compare sampled rows with the plain formula in double; exit 1 if the error is too large
+  --json FILE          write the records there
+)";
+
+// Eight dense cases of 16,384 tokens and hidden size 2048, then short sequences, grouped heads and a sliding window.
+constexpr const char* kCudaCases[] = {
+    "b4_s4096_h32_d64",
+    "b4_s4096_h32_d64_causal",
+    "b4_s4096_h16_d128",
+    "b4_s4096_h16_d128_causal",
+    "b1_s16384_h32_d64",
+    "b1_s16384_h32_d64_causal",
+    "b1_s16384_h16_d128",
+    "b1_s16384_h16_d128_causal",
+    "b32_s512_h32_d64_causal",
+    "b32_s512_h16_d128_causal",
+    "b2_s8192_h32_kv8_d64_causal",
+    "b2_s8192_h32_kv8_d128_causal",
+    "b1_s16384_h16_d128_window1024",
+};
+constexpr const char* kCpuCases[] = {
+    "b1_s4096_h8_d64",
+    "b1_s4096_h8_d64_causal",
+    "b8_s128_h8_d64",
+    "b1_s4096_h8_kv2_d64_causal",
+};
+
+struct Options {
+  bool list = false, cuda = false, backward = false, check = false;
+  std::string filter;
+  std::vector<std::string> cases;
+  std::optional<DType> dtype;
+  double seconds = 1;
+  std::string json;
+};
+
+constexpr const char* name_of(DType dtype) {
+  return dtype == DType::kFloat32 ? "fp32" : (dtype == DType::kFloat16 ? "fp16" : "bf16");
+}
+
+// Well above what rounding the operands and the weights to the type costs, well below any mistake.
+constexpr double allowed_error(DType dtype) {
+  return dtype == DType::kFloat32 ? 1e-5 : (dtype == DType::kFloat16 ? 3e-3 : 2e-2);
+}
+
+[[noreturn]] void refuse(std::string_view option, std::string_view got, std::string_view allowed) {
+  throw std::invalid_argument(std::string(option) + " got '" + std::string(got) +
+                              "'; allowed: " + std::string(allowed));
+}
+
+DType parse_dtype(std::string_view text) {
+  for (const DType dtype : {DType::kFloat32, DType::kFloat16, DType::kBFloat16}) {
+    if (text == name_of(dtype)) {
+      return dtype;
+    }
+  }
+  refuse("--dtype", text, "fp32, fp16, bf16");
+}
+
+// Is `text` the second of two choices? Anything but the two is refused.
+bool is_second(std::string_view option, std::string_view text, std::string_view first, std::string_view second) {
+  if (text != first && text != second) {
+    refuse(option, text, std::string(first) + ", " + std::string(second));
+  }
+  return text == second;
+}
+
+Options parse_options(std::span<char*> arguments) {
+  Options options;
+  for (std::size_t i = 0; i < arguments.size(); ++i) {
+    const std::string_view option = arguments[i];
+    const auto value = [&]() -> std::string {
+      if (++i == arguments.size()) {
+        refuse(option, "", "a value after it");
+      }
+      return arguments[i];
+    };
+    if (option == "--list") {
+      options.list = true;
+    } else if (option == "--check") {
+      options.check = true;
+    } else if (option == "--device") {
+      options.cuda = is_second(option, value(), "cpu", "cuda");
+    } else if (option == "--mode") {
+      options.backward = is_second(option, value(), "fwd", "bwd");
+    } else if (option == "--filter") {
+      options.filter = value();
+    } else if (option == "--case") {
+      options.cases.push_back(value());
+    } else if (option == "--dtype") {
+      options.dtype = parse_dtype(value());
+    } else if (option == "--seconds") {
+      options.seconds = std::stod(value());
+    } else if (option == "--json") {
+      options.json = value();
+    } else {
+      throw std::invalid_argument("unknown option '" + std::string(option) + "'\n" + kUsage);
+    }
+  }
+  return options;
+}
+
+std::vector<Case> chosen_cases(const Options& options) {
+  std::vector<Case> chosen;
+  for (const std::string& name : options.cases) {
+    chosen.push_back(bench::parse_case(name));
+  }
+  if (chosen.empty()) {
+    const std::regex filter(options.filter);
+    const std::span<const char* const> listed =
+        options.cuda ? std::span<const char* const>(kCudaCases) : std::span<const char* const>(kCpuCases);
+    for (const char* name : listed) {
+      if (std::regex_search(name, filter)) {
+        chosen.push_back(bench::parse_case(name));
+      }
+    }
+  }
+  if (chosen.empty()) {
+    refuse("--filter", options.filter, "a regular expression that matches a case of --list");
+  }
+  return chosen;
+}
+
+struct Result {
+  std::optional<double> time_us, tflops, error;
+};
+
+Result run(const bench::Device& device, const Case& shape, DType dtype, const Options& options) {
+  Result result;
+  bench::Problem problem(device, shape, dtype, options.backward, 1);
+  const auto call = [&] { options.backward ? problem.backward() : problem.forward(); };
+  if (options.check) {
+    result.error = options.backward ? problem.backward_error() : problem.forward_error();
+  } else {
+    call();
+  }
+  if (options.seconds > 0) {
+    result.time_us = device.time_us(call, options.seconds);
+    result.tflops = shape.flops(options.backward) / *result.time_us * 1e-6;
+  }
+  return result;
+}
+
+std::string number(const std::optional<double>& value) {
+  if (!value) {
+    return "null";
+  }
+  char text[32];
+  std::snprintf(text, sizeof text, "%.5g", *value);
+  return text;
+}
+
+std::string record(const Case& shape, DType dtype, const Options& options, const Result& result,
+                   const bench::Machine& machine) {
+  const char* commit = std::getenv("FASTATTN_COMMIT");
+  std::ostringstream json;
+  json << R"({"op": "attention", "case": ")" << shape.name << R"(", "mode": ")" << (options.backward ? "bwd" : "fwd")
+       << R"(", "dtype": ")" << name_of(dtype) << R"(", "shape": {"batch": )" << shape.batch << R"(, "seq_q": )"
+       << shape.seq_q << R"(, "seq_k": )" << shape.seq_k << R"(, "heads": )" << shape.heads << R"(, "kv_heads": )"
+       << shape.kv_heads << R"(, "head_dim": )" << shape.head_dim << R"(}, "density": )" << number(shape.density())
+       << R"(, "time_us": )" << number(result.time_us) << R"(, "tflops": )" << number(result.tflops)
+       << R"(, "percent_of_roofline": null, "error": )" << number(result.error)
+       << R"(, "against": {}, "bound_speedup": null, "commit": ")" << (commit ? commit : "unknown")
+       << R"(", "machine": {)";
+  if (options.cuda) {
+    json << R"("gpu": ")" << machine.processor << R"(", "driver": ")" << machine.driver << R"(", "cuda": ")"
+         << machine.toolkit << '"';
+  } else {
+    json << R"("cpu": ")" << machine.processor << R"(", "instruction_set": ")" << fastattn::cpu_instruction_set()
+         << '"';
+  }
+  json << R"(, "torch": null, "gemm_tflops": null}})";
+  return json.str();
+}
+
+void write_records(const std::string& path, const std::vector<std::string>& records) {
+  std::ofstream file(path);
+  for (std::size_t i = 0; i < records.size(); ++i) {
+    file << (i == 0 ? "[\n" : ",\n") << records[i];
+  }
+  file << "\n]\n";
+  if (!file.flush()) {
+    throw std::runtime_error("--json: cannot write " + path);
+  }
+}
+
+// Returns whether every case ran, and ran right.
+bool run_all(const Options& options) {
+  const std::vector<Case> cases = chosen_cases(options);
+  if (options.list) {
+    for (const Case& shape : cases) {
+      std::puts(shape.name.c_str());
+    }
+    return true;
+  }
+  const DType dtype = options.dtype.value_or(options.cuda ? DType::kBFloat16 : DType::kFloat32);
+  const auto device = options.cuda ? bench::cuda_device() : bench::cpu_device();
+  const bench::Machine machine = device->machine();
+  std::printf("attention %s %s on %s\n", options.backward ? "bwd" : "fwd", name_of(dtype), machine.processor.c_str());
+  std::printf("%-36s %12s %10s %10s\n", "case", "time, us", "TFLOP/s", "error");
+  bool good = true;
+  std::vector<std::string> records;
+  for (const Case& shape : cases) {
+    try {
+      const Result result = run(*device, shape, dtype, options);
+      const bool right = !result.error || *result.error <= allowed_error(dtype);
+      good = good && right;
+      std::printf("%-36s %12s %10s %10s%s\n", shape.name.c_str(), number(result.time_us).c_str(),
+                  number(result.tflops).c_str(), number(result.error).c_str(), right ? "" : "  too large");
+      records.push_back(record(shape, dtype, options, result, machine));
+    } catch (const std::runtime_error& error) {
+      good = false;
+      std::printf("%-36s failed: %s\n", shape.name.c_str(), error.what());
+    }
+    std::fflush(stdout);
+  }
+  if (!options.json.empty()) {
+    write_records(options.json, records);
+  }
+  return good;
+}
+
+}  // namespace
+
+int main(int count, char** arguments) {
+  const std::span<char*> all(arguments, static_cast<std::size_t>(count));
+  if (count == 2 && std::string_view(arguments[1]) == "--help") {
+    std::fputs(kUsage, stdout);
+    return 0;
+  }
+  try {
+    return run_all(parse_options(all.subspan(1))) ? 0 : 1;
+  } catch (const std::exception& error) {
+    std::cerr << "fastattn_bench: " << error.what() << '\n';
+    return 2;
+  }
+}
