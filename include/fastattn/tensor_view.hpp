@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "fastattn/portable.hpp"
+
 namespace fastattn {
 
 enum class DType : std::uint8_t { kFloat32, kFloat16, kBFloat16 };
@@ -23,7 +25,7 @@ struct TensorView {
 
   // Row (b, s, h), head_dim elements long.
   template <class Element>
-  Element* row(std::int64_t b, std::int64_t s, std::int64_t h) const {
+  FASTATTN_HD Element* row(std::int64_t b, std::int64_t s, std::int64_t h) const {
     return static_cast<Element*>(data) + b * stride[0] + s * stride[1] + h * stride[2];
   }
 };

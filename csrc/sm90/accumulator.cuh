@@ -1,0 +1,93 @@
+// The 64 × kColumns accumulator of one warpgroup's products, and what is done with it outside the tensor cores.
+#pragma once
+
+#include <cstdint>
+
+#include "fastattn/portable.hpp"
+#include "sm90/shared_tile.cuh"
+#include "sm90/wgmma.cuh"
+
+namespace fastattn::sm90 {
+
+inline constexpr int kWarpgroupThreads = 128;
+inline constexpr int kWarpgroupRows = 64;
+
+// Thread t of a warpgroup holds rows row(0) = 16 · warp + lane / 4 and row(1) = row(0) + 8; register 4 · j + 2 · h + e
+// is column 8 · j + 2 · (lane % 4) + e of row(h).
+struct AccumulatorThread {
+  int first_row, first_column;
+
+  __device__ explicit AccumulatorThread(int thread)
+      : first_row(thread / 32 * 16 + thread % 32 / 4), first_column(thread % 4 * 2) {}
+  __device__ int row(int h) const { return first_row + 8 * h; }
+  __device__ int column(int j) const { return first_column + 8 * j; }
+};
+
+// Row h of this thread as a score policy sees it (see fastattn/score/score.hpp): four lanes share a row.
+template <int kCount>
+struct AccumulatorRow {
+  float (&value)[kCount];
+  int h;  // 0 or 1; a constant once inlined
+
+  static constexpr int kPairs = kCount / 4;
+  static constexpr int kChains = 2;  // independent dependency chains, to cover the latency of max and add
+
+  __device__ float max() const {
+    float partial[kChains];
+#pragma unroll
+    for (int c = 0; c < kChains; ++c) {
+      partial[c] = fmaxf(value[4 * c + 2 * h], value[4 * c + 2 * h + 1]);
+    }
+#pragma unroll
+    for (int j = kChains; j < kPairs; ++j) {
+      partial[j % kChains] = fmaxf(partial[j % kChains], fmaxf(value[4 * j + 2 * h], value[4 * j + 2 * h + 1]));
+    }
+    const float local = fmaxf(partial[0], partial[1]);
+    const float pair = fmaxf(local, __shfl_xor_sync(0xffffffffu, local, 1));
+    return fmaxf(pair, __shfl_xor_sync(0xffffffffu, pair, 2));
+  }
+
+  template <class Function>
+  __device__ float apply(Function&& function) const {
+    float partial[kChains] = {};
+#pragma unroll
+    for (int j = 0; j < kPairs; ++j) {
+      float& low = value[4 * j + 2 * h];
+      float& high = value[4 * j + 2 * h + 1];
+      low = function(low);
+      high = function(high);
+      partial[0] += low;
+      partial[1] += high;
+    }
+    return partial[0] + partial[1];
+  }
+};
+
+// Adds up the four lanes' shares of a row.
+__device__ inline float sum_over_row(float share) {
+  share += __shfl_xor_sync(0xffffffffu, share, 1);
+  return share + __shfl_xor_sync(0xffffffffu, share, 2);
+}
+
+// Rounds an accumulator to the A operand of a following product: its columns become the contracted elements.
+template <class Element, int kCount>
+__device__ inline void pack(const float (&value)[kCount], std::uint32_t (&operand)[kCount / 2]) {
+#pragma unroll
+  for (int i = 0; i < kCount / 2; ++i) {
+    operand[i] = DeviceElement<Element>::pack(value[2 * i], value[2 * i + 1]);
+  }
+}
+
+// Writes a packed accumulator to rows [first_row, first_row + 64) of a tile. Conflict-free: the eight rows of a warp's
+// store lie in eight different 16-byte units.
+template <class Tile, int kRegisters>
+__device__ inline void store_packed(const std::uint32_t (&operand)[kRegisters], Tile& tile, int first_row,
+                                    AccumulatorThread at) {
+#pragma unroll
+  for (int j = 0; j < kRegisters / 2; ++j) {
+    tile.pair(first_row + at.row(0), at.column(j)) = operand[2 * j];
+    tile.pair(first_row + at.row(1), at.column(j)) = operand[2 * j + 1];
+  }
+}
+
+}  // namespace fastattn::sm90

@@ -1,0 +1,374 @@
+// The backward kernels. The main one owns a key tile: its K and V stay in shared memory, dK and dV in registers, while
+// it walks the query tiles that see it (the schedule, transposed), for every query head that shares the key head:
+//
+//   Sᵀ = K Qᵀ, dPᵀ = V dOᵀ → P = weight(S), dS = score_gradient(P, dP) → dV += Pᵀ dO, dK += dSᵀ Q, dQ += dS K
+//
+// S and dP are computed transposed because P and dS then lie in registers as the next products want them; only dS also
+// goes through shared memory, for dQ (FlashAttention-3, arXiv 2407.08608). dQ is summed over key tiles in fp32 in
+// global memory, in the order of the accumulator's registers, so that every reduction is a coalesced 16-byte one.
+//
+// Before it, `prepare_kernel` computes each row's delta; after it, `finish_kernel` scales dQ, rounds it and puts it in
+// order.
+#pragma once
+
+#include <cutlass/arch/reg_reconfig.h>
+
+#include <cstdint>
+
+#include "fastattn/schedule/schedule.hpp"
+#include "fastattn/score/score.hpp"
+#include "fastattn/tensor_view.hpp"
+#include "sm90/accumulator.cuh"
+#include "sm90/config.hpp"
+#include "sm90/ring.cuh"
+#include "sm90/shared_tile.cuh"
+#include "sm90/tma.cuh"
+#include "sm90/wgmma.cuh"
+
+namespace fastattn::sm90 {
+
+// The caller's workspace, for num_q padded to whole query tiles.
+struct BackwardWorkspace {
+  float* lse2;   // [batch, heads, padded num_q]: base-2 log-sum-exp, +∞ where a row keeps nothing or does not exist
+  float* delta;  // [batch, heads, padded num_q]: Σ(out · dout) − dlse
+  float* dq;     // [batch, heads, query tiles, warpgroups, 8, 128, 4]: 64 × 64 pieces in register order
+};
+
+template <class Variant>
+struct BackwardParams {
+  TensorMap q, k, v, dout, dk, dv;
+  typename Variant::Schedule schedule;  // as in the forward: queries × keys
+  typename Variant::Score score;
+  float scale;
+  BackwardWorkspace workspace;
+  int heads, heads_per_kv_head, q_tiles, k_tiles;
+};
+
+template <class Variant, int kIndex>
+struct BackwardKernel {
+  static constexpr Config kConfig = Variant::kBackward[kIndex];
+  static constexpr TileShape kTile = kConfig.tile;
+  static constexpr TileShape kTransposed = {kTile.k, kTile.q};
+  static constexpr int kHeadDim = kConfig.head_dim;
+  static constexpr int kStages = kConfig.stages;
+  static constexpr int kWarpgroups = kConfig.warpgroups;
+  static constexpr int kPiece = 64;  // dQ is computed in 64 × 64 pieces, one per warpgroup
+  static constexpr int kRowPieces = kTile.q / kPiece;
+  static_assert(kTile.k == kWarpgroups * kWarpgroupRows);
+  static_assert(kRowPieces * (kHeadDim / kPiece) == kWarpgroups);
+
+  using Element = typename Variant::Element;
+  using Score = typename Variant::Score;
+  using Params = BackwardParams<Variant>;
+  using Position = RingPosition<kStages>;
+  using KeyTile = SharedTile<Element, kTile.k, kHeadDim>;
+  using QueryTile = SharedTile<Element, kTile.q, kHeadDim>;
+  using ScoreTile = SharedTile<Element, kTile.k, kTile.q>;  // keys × queries
+
+  struct Shared {
+    KeyTile k, v;  // at the end: dK, dV
+    QueryTile q[kStages], dout[kStages];
+    ScoreTile dscores[2];  // double-buffered: one barrier an iteration separates writers from readers
+    float lse2[kStages][kTile.q], delta[kStages][kTile.q];
+    Barrier kv_full;
+    Ring<kStages> q_ring, dout_ring;  // with lse2 and delta
+  };
+
+  struct Work {
+    int k_tile, kv_head, batch;
+
+    __device__ explicit Work(const Params& params) {
+      const int kv_heads = params.heads / params.heads_per_kv_head;
+      const int row = static_cast<int>(blockIdx.x) / params.k_tiles;
+      k_tile = static_cast<int>(blockIdx.x) % params.k_tiles;  // first tiles are the longest under a causal mask
+      kv_head = row % kv_heads;
+      batch = row / kv_heads;
+    }
+  };
+
+  static __device__ void run(const Params& params) {
+    extern __shared__ std::byte shared_bytes[];
+    Shared& shared = *reinterpret_cast<Shared*>(shared_bytes);
+    if (threadIdx.x == 0) {
+      shared.kv_full.init(1);
+      shared.q_ring.init(kWarpgroups);
+      shared.dout_ring.init(kWarpgroups);
+      cutlass::arch::fence_barrier_init();
+    }
+    __syncthreads();
+
+    const Work work(params);
+    const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / kWarpgroupThreads, 0);
+    if (warpgroup == 0) {
+      cutlass::arch::warpgroup_reg_dealloc<kConfig.producer_registers()>();
+      if (threadIdx.x == 0) {
+        produce(params, shared, work);
+      }
+    } else {
+      cutlass::arch::warpgroup_reg_alloc<kConfig.consumer_registers()>();
+      consume(params, shared, work, warpgroup - 1);
+    }
+  }
+
+  // body(head, q_tile, coverage) for every query tile of every query head that sees this block's keys.
+  template <class Body>
+  static __device__ void for_each_query_tile(const Params& params, Work work, Body&& body) {
+    const auto transposed = params.schedule.transposed();
+    for (int i = 0; i < params.heads_per_kv_head; ++i) {
+      const int head = work.kv_head * params.heads_per_kv_head + i;
+      for_each_tile(transposed, work.k_tile, kTransposed,
+                    [&](int q_tile, auto coverage) { body(head, q_tile, coverage); });
+    }
+  }
+
+  static __device__ void produce(const Params& params, Shared& shared, Work work) {
+    shared.kv_full.arrive_and_expect_tx(2 * KeyTile::kBytes);
+    params.k.load(shared.k, {work.k_tile * kTile.k, work.kv_head, work.batch}, shared.kv_full);
+    params.v.load(shared.v, {work.k_tile * kTile.k, work.kv_head, work.batch}, shared.kv_full);
+    constexpr int kRowBytes = kTile.q * sizeof(float);
+    Position at;
+    for_each_query_tile(params, work, [&](int head, int q_tile, auto) {
+      const std::int64_t row = ((std::int64_t{work.batch} * params.heads + head) * params.q_tiles + q_tile) * kTile.q;
+      Barrier& q_full = shared.q_ring.begin_fill(at, QueryTile::kBytes + kRowBytes);
+      params.q.load(shared.q[at.stage], {q_tile * kTile.q, head, work.batch}, q_full);
+      load_bytes(shared.lse2[at.stage], params.workspace.lse2 + row, kRowBytes, q_full);
+      Barrier& dout_full = shared.dout_ring.begin_fill(at, QueryTile::kBytes + kRowBytes);
+      params.dout.load(shared.dout[at.stage], {q_tile * kTile.q, head, work.batch}, dout_full);
+      load_bytes(shared.delta[at.stage], params.workspace.delta + row, kRowBytes, dout_full);
+      at.advance();
+    });
+  }
+
+  static __device__ void consume(const Params& params, Shared& shared, Work work, int warpgroup) {
+    constexpr int kConsumers = kWarpgroups * kWarpgroupThreads;
+    const int thread = threadIdx.x % kWarpgroupThreads;
+    const AccumulatorThread at(thread);
+    const int shared_row = warpgroup * kWarpgroupRows;
+    const int first_key = work.k_tile * kTile.k + shared_row;
+    const int piece_row = warpgroup % kRowPieces * kPiece, piece_column = warpgroup / kRowPieces * kPiece;
+    const auto transposed = params.schedule.transposed();
+
+    float dk[kHeadDim / 2] = {}, dv[kHeadDim / 2] = {};
+    Position position;
+    int buffer = 0;
+
+    wait_for(shared.kv_full, 0);
+    for_each_query_tile(params, work, [&](int head, int q_tile, auto coverage) {
+      const int stage = position.stage;
+      float scores[kTile.q / 2], dscores[kTile.q / 2];  // transposed: this warpgroup's keys × the tile's queries
+      std::uint32_t weights_operand[kTile.q / 4], dscores_operand[kTile.q / 4];
+
+      shared.q_ring.wait(position);
+      wgmma::pin(scores);
+      wgmma::fence();
+      wgmma::multiply<Element, kHeadDim>(shared.k.k_major(shared_row), shared.q[stage].k_major(), scores, false);
+      wgmma::commit();
+      shared.dout_ring.wait(position);
+      wgmma::pin(dscores);
+      wgmma::fence();
+      wgmma::multiply<Element, kHeadDim>(shared.v.k_major(shared_row), shared.dout[stage].k_major(), dscores, false);
+      wgmma::commit();
+
+      wgmma::wait<1>();
+      wgmma::pin(scores);
+#pragma unroll
+      for (int j = 0; j < kTile.q / 8; ++j) {
+        const float2 lse2 = *reinterpret_cast<const float2*>(&shared.lse2[stage][at.column(j)]);
+#pragma unroll
+        for (int i = 4 * j; i < 4 * j + 4; ++i) {
+          scores[i] = params.score.weight(scores[i], i % 2 == 0 ? lse2.x : lse2.y);
+        }
+      }
+      if constexpr (coverage() == Coverage::kPartial) {
+#pragma unroll
+        for (int i = 0; i < kTile.q / 2; ++i) {
+          const int query = q_tile * kTile.q + at.column(i / 4) + i % 2;
+          scores[i] = transposed.keeps(first_key + at.row(i / 2 % 2), query) ? scores[i] : 0.f;
+        }
+      }
+      pack<Element>(scores, weights_operand);
+
+      wgmma::wait<0>();
+      wgmma::pin(dscores);
+#pragma unroll
+      for (int j = 0; j < kTile.q / 8; ++j) {
+        const float2 delta = *reinterpret_cast<const float2*>(&shared.delta[stage][at.column(j)]);
+#pragma unroll
+        for (int i = 4 * j; i < 4 * j + 4; ++i) {
+          const float gradient = params.score.score_gradient(scores[i], dscores[i], i % 2 == 0 ? delta.x : delta.y);
+          // A masked score has weight 0, but 0 times a gradient that is not finite is not 0.
+          dscores[i] = coverage() == Coverage::kPartial && scores[i] == 0.f ? 0.f : gradient;
+        }
+      }
+      pack<Element>(dscores, dscores_operand);
+
+      wgmma::pin(dv);
+      wgmma::pin(weights_operand);
+      wgmma::fence();
+      wgmma::multiply<Element>(weights_operand, shared.dout[stage].mn_major(), dv);
+      wgmma::commit();
+
+      store_packed(dscores_operand, shared.dscores[buffer], shared_row, at);
+      publish_shared();
+      cutlass::arch::NamedBarrier::sync(kConsumers, 0);
+
+      float dq[kPiece / 2];
+      wgmma::pin(dq);
+      wgmma::fence();
+      wgmma::multiply<Element, kTile.k>(shared.dscores[buffer].mn_major(piece_row), shared.k.mn_major(piece_column), dq,
+                                        false);
+      wgmma::commit();
+      wgmma::pin(dk);
+      wgmma::pin(dscores_operand);
+      wgmma::fence();
+      wgmma::multiply<Element>(dscores_operand, shared.q[stage].mn_major(), dk);
+      wgmma::commit();
+
+      wgmma::wait<1>();
+      wgmma::pin(dq);
+      wgmma::pin(dv);
+      wgmma::pin(weights_operand);
+      if (thread == 0) {
+        shared.dout_ring.release(position);
+      }
+      const std::int64_t tile = (std::int64_t{work.batch} * params.heads + head) * params.q_tiles + q_tile;
+      add_piece(params.workspace.dq + (tile * kWarpgroups + warpgroup) * (kPiece * kPiece), thread, dq);
+
+      wgmma::wait<0>();
+      wgmma::pin(dk);
+      wgmma::pin(dscores_operand);
+      if (thread == 0) {
+        shared.q_ring.release(position);
+      }
+      position.advance();
+      buffer ^= 1;
+    });
+
+    // Epilogue: dK and dV take the place of K and V, once no warpgroup reads them any more.
+    cutlass::arch::NamedBarrier::sync(kConsumers, 0);
+#pragma unroll
+    for (int i = 0; i < kHeadDim / 2; ++i) {
+      dk[i] *= params.scale;
+    }
+    std::uint32_t rounded[kHeadDim / 4];
+    pack<Element>(dk, rounded);
+    store_packed(rounded, shared.k, shared_row, at);
+    pack<Element>(dv, rounded);
+    store_packed(rounded, shared.v, shared_row, at);
+    publish_shared();
+    cutlass::arch::NamedBarrier::sync(kWarpgroupThreads, 1 + warpgroup);
+    if (thread == 0) {
+      params.dk.store(shared.k, shared_row, {first_key, work.kv_head, work.batch});
+      params.dv.store(shared.v, shared_row, {first_key, work.kv_head, work.batch});
+      wait_for_stores();
+    }
+  }
+
+  // Adds a 64 × 64 accumulator to its place in global memory: four registers of a thread at a time.
+  static __device__ void add_piece(float* piece, int thread, const float (&value)[kPiece / 2]) {
+#pragma unroll
+    for (int j = 0; j < kPiece / 8; ++j) {
+      float* address = piece + (j * kWarpgroupThreads + thread) * 4;
+      asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(address), "f"(value[4 * j]),
+                   "f"(value[4 * j + 1]), "f"(value[4 * j + 2]), "f"(value[4 * j + 3])
+                   : "memory");
+    }
+  }
+};
+
+template <class Variant, int kIndex>
+__global__ void __launch_bounds__((BackwardKernel<Variant, kIndex>::kWarpgroups + 1) * kWarpgroupThreads, 1)
+    backward_kernel(const __grid_constant__ BackwardParams<Variant> params) {
+  BackwardKernel<Variant, kIndex>::run(params);
+}
+
+inline constexpr int kRowLanes = 16;  // lanes that share a row in prepare_kernel
+inline constexpr int kHelperThreads = 256;
+
+struct PrepareParams {
+  TensorView out, dout;
+  const float* lse;   // [batch, heads, num_q]
+  const float* dlse;  // likewise, or null
+  BackwardWorkspace workspace;
+  int padded_q;
+};
+
+// lse2 and delta of every row: sixteen lanes a row, 16 bytes a lane and step.
+template <class Element>
+__global__ void prepare_kernel(PrepareParams params) {
+  const std::int64_t index = (std::int64_t{blockIdx.x} * kHelperThreads + threadIdx.x) / kRowLanes;
+  const int lane = threadIdx.x % kRowLanes;
+  const int row = static_cast<int>(index % params.padded_q);
+  const std::int64_t head_index = index / params.padded_q;
+  const std::int64_t heads = params.out.heads(), head = head_index % heads, batch = head_index / heads;
+  const bool exists = batch < params.out.batch() && row < params.out.seq();
+
+  float sum = 0.f;
+  if (exists) {
+    const auto* out = params.out.row<const Element>(batch, row, head);
+    const auto* dout = params.dout.row<const Element>(batch, row, head);
+    for (int column = lane * 8; column < params.out.head_dim(); column += kRowLanes * 8) {
+      const uint4 a = *reinterpret_cast<const uint4*>(out + column);
+      const uint4 b = *reinterpret_cast<const uint4*>(dout + column);
+      const auto dot = [](std::uint32_t x, std::uint32_t y) {
+        const float2 p = DeviceElement<Element>::unpack(x), q = DeviceElement<Element>::unpack(y);
+        return p.x * q.x + p.y * q.y;
+      };
+      sum += dot(a.x, b.x) + dot(a.y, b.y) + dot(a.z, b.z) + dot(a.w, b.w);
+    }
+  }
+#pragma unroll
+  for (int distance = kRowLanes / 2; distance > 0; distance /= 2) {
+    sum += __shfl_xor_sync(0xffffffffu, sum, distance);
+  }
+  if (lane == 0 && batch < params.out.batch()) {
+    float lse2 = kInfinity;
+    if (exists) {
+      const std::int64_t at = head_index * params.out.seq() + row;
+      const float lse = params.lse[at];
+      lse2 = lse == -kInfinity ? kInfinity : lse * kLog2E;
+      sum -= params.dlse == nullptr ? 0.f : params.dlse[at];
+    }
+    params.workspace.lse2[index] = lse2;
+    params.workspace.delta[index] = sum;
+  }
+}
+
+struct FinishParams {
+  TensorView dq;
+  const float* sums;  // BackwardWorkspace::dq
+  float scale;
+  int q_tiles;
+};
+
+// dQ = scale · the sums, rounded and back in row order; one block per 64 × 64 piece.
+template <class Element, class Kernel>
+__global__ void finish_kernel(FinishParams params) {
+  constexpr int kPiece = Kernel::kPiece;
+  const int warpgroup = blockIdx.x % Kernel::kWarpgroups;
+  const std::int64_t tile = blockIdx.x / Kernel::kWarpgroups;
+  const int q_tile = static_cast<int>(tile % params.q_tiles);
+  const std::int64_t heads = params.dq.heads(), head = tile / params.q_tiles % heads;
+  const std::int64_t batch = tile / params.q_tiles / heads;
+  const AccumulatorThread at(threadIdx.x);
+  const int first_row = q_tile * Kernel::kTile.q + warpgroup % Kernel::kRowPieces * kPiece;
+  const int first_column = warpgroup / Kernel::kRowPieces * kPiece;
+  const float* piece = params.sums + std::int64_t{blockIdx.x} * (kPiece * kPiece);
+
+#pragma unroll
+  for (int j = 0; j < kPiece / 8; ++j) {
+    const float4 sum = *reinterpret_cast<const float4*>(piece + (j * kWarpgroupThreads + threadIdx.x) * 4);
+    const int column = first_column + at.column(j);
+    const std::uint32_t pairs[2] = {DeviceElement<Element>::pack(sum.x * params.scale, sum.y * params.scale),
+                                    DeviceElement<Element>::pack(sum.z * params.scale, sum.w * params.scale)};
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int row = first_row + at.row(h);
+      if (row < params.dq.seq() && column < params.dq.head_dim()) {
+        *reinterpret_cast<std::uint32_t*>(params.dq.row<Element>(batch, row, head) + column) = pairs[h];
+      }
+    }
+  }
+}
+
+}  // namespace fastattn::sm90

@@ -1,0 +1,273 @@
+// The forward kernel: one thread block computes the output of one query tile of one head.
+//
+//   producer warp       for each key tile of the schedule: load K, load V                      (bulk copies into rings)
+//   consumer warpgroup  for each key tile: S = Q Kᵀ · score policy · O += P V                  (64 query rows each)
+//
+// S of the next tile is issued before P V of the last one, so the score policy runs under a product of its own
+// warpgroup; warpgroups take turns at issuing, so it runs under the others' products as well (FlashAttention-3, arXiv
+// 2407.08608).
+#pragma once
+
+#include <cutlass/arch/reg_reconfig.h>
+
+#include <cstdint>
+
+#include "fastattn/schedule/schedule.hpp"
+#include "fastattn/score/score.hpp"
+#include "sm90/accumulator.cuh"
+#include "sm90/config.hpp"
+#include "sm90/ring.cuh"
+#include "sm90/shared_tile.cuh"
+#include "sm90/tma.cuh"
+#include "sm90/wgmma.cuh"
+
+namespace fastattn::sm90 {
+
+template <class Variant>
+struct ForwardParams {
+  TensorMap q, k, v, out;
+  typename Variant::Schedule schedule;
+  typename Variant::Score score;
+  float* lse;  // [batch, heads, num_q]
+  int heads, heads_per_kv_head, q_tiles;
+};
+
+template <class Variant, int kIndex>
+struct ForwardKernel {
+  static constexpr Config kConfig = Variant::kForward[kIndex];
+  static constexpr TileShape kTile = kConfig.tile;
+  static constexpr int kHeadDim = kConfig.head_dim;
+  static constexpr int kStages = kConfig.stages;
+  static constexpr int kWarpgroups = kConfig.warpgroups;
+  static_assert(kTile.q == kWarpgroups * kWarpgroupRows);
+
+  using Element = typename Variant::Element;
+  using Score = typename Variant::Score;
+  using Params = ForwardParams<Variant>;
+  using Position = RingPosition<kStages>;
+  using QueryTile = SharedTile<Element, kTile.q, kHeadDim>;
+  using KeyTile = SharedTile<Element, kTile.k, kHeadDim>;
+
+  struct Shared {
+    QueryTile q;  // and, once a warpgroup is done with its queries, its rows of the output
+    KeyTile k[kStages], v[kStages];
+    Barrier q_full;
+    Ring<kStages> k_ring, v_ring;
+  };
+
+  // Which query tile of which head this block computes. The last tile of a head goes first: under a causal mask it has
+  // the most keys, and the short ones then fill the gaps at the end.
+  struct Work {
+    int q_tile, head, batch;
+
+    __device__ explicit Work(const Params& params) {
+      const int row = static_cast<int>(blockIdx.x) / params.q_tiles;
+      q_tile = params.q_tiles - 1 - static_cast<int>(blockIdx.x) % params.q_tiles;
+      head = row % params.heads;
+      batch = row / params.heads;
+    }
+  };
+
+  static __device__ void run(const Params& params) {
+    extern __shared__ std::byte shared_bytes[];
+    Shared& shared = *reinterpret_cast<Shared*>(shared_bytes);
+    if (threadIdx.x == 0) {
+      shared.q_full.init(1);
+      shared.k_ring.init(kWarpgroups);
+      shared.v_ring.init(kWarpgroups);
+      cutlass::arch::fence_barrier_init();
+    }
+    __syncthreads();
+
+    const Work work(params);
+    const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / kWarpgroupThreads, 0);
+    if (warpgroup == 0) {
+      cutlass::arch::warpgroup_reg_dealloc<kConfig.producer_registers()>();
+      if (threadIdx.x == 0) {
+        produce(params, shared, work);
+      }
+    } else {
+      cutlass::arch::warpgroup_reg_alloc<kConfig.consumer_registers()>();
+      consume(params, shared, work, warpgroup - 1);
+    }
+  }
+
+  static __device__ void produce(const Params& params, Shared& shared, Work work) {
+    const int kv_head = work.head / params.heads_per_kv_head;
+    shared.q_full.arrive_and_expect_tx(QueryTile::kBytes);
+    params.q.load(shared.q, {work.q_tile * kTile.q, work.head, work.batch}, shared.q_full);
+    Position k_at, v_at;
+    int v_tile = -1;  // values run one tile behind keys, as in the consumer
+    const auto load_values = [&] {
+      Barrier& full = shared.v_ring.begin_fill(v_at, KeyTile::kBytes);
+      params.v.load(shared.v[v_at.stage], {v_tile * kTile.k, kv_head, work.batch}, full);
+      v_at.advance();
+    };
+    for_each_tile(params.schedule, work.q_tile, kTile, [&](int k_tile, auto) {
+      Barrier& full = shared.k_ring.begin_fill(k_at, KeyTile::kBytes);
+      params.k.load(shared.k[k_at.stage], {k_tile * kTile.k, kv_head, work.batch}, full);
+      k_at.advance();
+      if (v_tile >= 0) {
+        load_values();
+      }
+      v_tile = k_tile;
+    });
+    if (v_tile >= 0) {
+      load_values();
+    }
+  }
+
+  static __device__ void consume(const Params& params, Shared& shared, Work work, int warpgroup) {
+    const int thread = threadIdx.x % kWarpgroupThreads;
+    const AccumulatorThread at(thread);
+    const int first_row = work.q_tile * kTile.q + warpgroup * kWarpgroupRows;
+
+    float out[kHeadDim / 2] = {};
+    float scores[kTile.k / 2];
+    std::uint32_t weights[kTile.k / 4];
+    typename Score::State state[2];
+    Position k_at, v_at;
+    Turns turns(warpgroup);
+
+    const auto issue_scores = [&] {
+      wgmma::pin(scores);
+      wgmma::fence();
+      wgmma::multiply<Element, kHeadDim>(shared.q.k_major(warpgroup * kWarpgroupRows), shared.k[k_at.stage].k_major(),
+                                         scores, false);
+      wgmma::commit();
+    };
+    const auto issue_output = [&] {
+      wgmma::pin(out);
+      wgmma::pin(weights);
+      wgmma::fence();
+      wgmma::multiply<Element>(weights, shared.v[v_at.stage].mn_major(), out);
+      wgmma::commit();
+    };
+    const auto release = [&](auto& ring, Position& position) {
+      if (thread == 0) {
+        ring.release(position);
+      }
+      position.advance();
+    };
+    // Scores become weights; decay is what the output so far must be multiplied by.
+    const auto absorb = [&](int k_tile, auto coverage, float (&decay)[2]) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        if constexpr (coverage() == Coverage::kPartial) {
+#pragma unroll
+          for (int j = 0; j < kTile.k / 8; ++j) {
+#pragma unroll
+            for (int e = 0; e < 2; ++e) {
+              const bool kept = params.schedule.keeps(first_row + at.row(h), k_tile * kTile.k + at.column(j) + e);
+              float& score = scores[4 * j + 2 * h + e];
+              score = kept ? score : -kInfinity;
+            }
+          }
+        }
+        decay[h] = params.score.absorb(state[h], AccumulatorRow<kTile.k / 2>{scores, h});
+      }
+    };
+
+    wait_for(shared.q_full, 0);
+    auto cursor = params.schedule.runs(work.q_tile, kTile);
+    TileRun run{};
+    if (cursor.next(run)) {
+      float decay[2];
+      shared.k_ring.wait(k_at);
+      turns.wait();
+      issue_scores();
+      turns.pass();
+      wgmma::wait<0>();
+      wgmma::pin(scores);
+      release(shared.k_ring, k_at);
+      absorb(run.first, CoverageTag<Coverage::kPartial>{}, decay);  // `keeps` holds for a full tile as well
+      pack<Element>(scores, weights);
+      ++run.first, --run.count;
+
+      for_each_tile(cursor, run, [&](int k_tile, auto coverage) {
+        shared.k_ring.wait(k_at);
+        turns.wait();
+        issue_scores();
+        shared.v_ring.wait(v_at);
+        issue_output();
+        turns.pass();
+        wgmma::wait<1>();
+        wgmma::pin(scores);
+        release(shared.k_ring, k_at);
+        absorb(k_tile, coverage, decay);
+        wgmma::wait<0>();
+        wgmma::pin(out);
+        wgmma::pin(weights);
+        release(shared.v_ring, v_at);
+        pack<Element>(scores, weights);
+        if constexpr (Score::kRescales) {
+#pragma unroll
+          for (int i = 0; i < kHeadDim / 2; ++i) {
+            out[i] *= decay[i / 2 % 2];
+          }
+        }
+      });
+
+      shared.v_ring.wait(v_at);
+      issue_output();
+      wgmma::wait<0>();
+      wgmma::pin(out);
+      wgmma::pin(weights);
+    }
+    turns.finish();
+
+    // Epilogue: scale, round, and store the rows through this warpgroup's share of the query tile.
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const RowResult result = params.score.finish(state[h], sum_over_row);
+#pragma unroll
+      for (int j = 0; j < kHeadDim / 8; ++j) {
+        out[4 * j + 2 * h] *= result.output_scale;
+        out[4 * j + 2 * h + 1] *= result.output_scale;
+      }
+      const int row = first_row + at.row(h);
+      if (at.first_column == 0 && row < params.schedule.num_q) {
+        params.lse[(std::int64_t{work.batch} * params.heads + work.head) * params.schedule.num_q + row] = result.lse;
+      }
+    }
+    std::uint32_t rounded[kHeadDim / 4];
+    pack<Element>(out, rounded);
+    store_packed(rounded, shared.q, warpgroup * kWarpgroupRows, at);
+    publish_shared();
+    cutlass::arch::NamedBarrier::sync(kWarpgroupThreads, warpgroup);
+    if (thread == 0) {
+      params.out.store(shared.q, warpgroup * kWarpgroupRows, {first_row, work.head, work.batch});
+      wait_for_stores();
+    }
+  }
+
+  // The warpgroups' turns at the tensor cores: named barrier i is warpgroup i's permission.
+  struct Turns {
+    static constexpr int kFirstBarrier = kWarpgroups;  // the ones before it are the epilogue's
+    static constexpr int kThreads = 2 * kWarpgroupThreads;
+    int mine, next;
+
+    __device__ explicit Turns(int warpgroup)
+        : mine(kFirstBarrier + warpgroup), next(kFirstBarrier + (warpgroup + 1) % kWarpgroups) {
+      if (warpgroup == kWarpgroups - 1) {
+        pass();  // the first warpgroup goes first
+      }
+    }
+    __device__ void wait() const { cutlass::arch::NamedBarrier::sync(kThreads, mine); }
+    __device__ void pass() const { cutlass::arch::NamedBarrier::arrive(kThreads, next); }
+    // Takes the permission that is left over, so that no barrier ends half full.
+    __device__ void finish() const {
+      if (mine == kFirstBarrier) {
+        wait();
+      }
+    }
+  };
+};
+
+template <class Variant, int kIndex>
+__global__ void __launch_bounds__((ForwardKernel<Variant, kIndex>::kWarpgroups + 1) * kWarpgroupThreads, 1)
+    forward_kernel(const __grid_constant__ ForwardParams<Variant> params) {
+  ForwardKernel<Variant, kIndex>::run(params);
+}
+
+}  // namespace fastattn::sm90

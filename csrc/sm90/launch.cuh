@@ -1,0 +1,71 @@
+// Host side of the Hopper kernels: tensor maps, the choice of a configuration, launches.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstddef>
+#include <utility>
+
+#include "fastattn/fastattn.hpp"
+#include "ops/validate.hpp"
+#include "sm90/config.hpp"
+#include "sm90/tma.cuh"
+
+namespace fastattn::sm90 {
+
+inline Status check(cudaError_t error, const char* what) {
+  return error == cudaSuccess ? Status{} : failure("%s: %s", what, cudaGetErrorString(error));
+}
+
+// Is the current device one that these kernels run on?
+inline Status check_device() {
+  int device = 0, major = 0, minor = 0;
+  if (const Status status = check(cudaGetDevice(&device), "cudaGetDevice"); !status.ok()) {
+    return status;
+  }
+  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+  if (major != 9 || minor != 0) {
+    return failure("GPU kernels need compute capability 9.0 (Hopper), device %d has %d.%d", device, major, minor);
+  }
+  return {};
+}
+
+// Describes `view` to the copy engine in boxes of `rows` × 64 elements.
+Status encode(const TensorView& view, int rows, TensorMap& map);
+
+// Picks the first configuration with room for head_dim and calls launch.operator()<its index>().
+template <const auto& kConfigs, class Launch>
+Status dispatch(std::int64_t head_dim, Launch&& launch) {
+  Status status;
+  const bool found = [&]<std::size_t... i>(std::index_sequence<i...>) {
+    return ((head_dim <= kConfigs[i].head_dim && (status = launch.template operator()<i>(), true)) || ...);
+  }(std::make_index_sequence<std::size(kConfigs)>{});
+  return found ? status
+               : failure("head_dim must be at most %d on the GPU, got %lld", kConfigs[std::size(kConfigs) - 1].head_dim,
+                         static_cast<long long>(head_dim));
+}
+
+// Launches `blocks` thread blocks of a kernel that uses `shared_bytes` of dynamic shared memory.
+template <class Params>
+Status launch(void (*kernel)(Params), std::int64_t blocks, int threads, std::size_t shared_bytes, Stream stream,
+              const Params& params) {
+  if (blocks == 0) {
+    return {};
+  }
+  if (blocks > 0x7fffffff) {
+    return failure("the problem needs %lld thread blocks, at most 2147483647 fit a launch",
+                   static_cast<long long>(blocks));
+  }
+  if (shared_bytes > 48 * 1024) {
+    const cudaError_t error =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+    if (error != cudaSuccess) {
+      return check(error, "cudaFuncSetAttribute");
+    }
+  }
+  kernel<<<static_cast<unsigned>(blocks), threads, shared_bytes, static_cast<cudaStream_t>(stream.handle)>>>(params);
+  return check(cudaGetLastError(), "kernel launch");
+}
+
+}  // namespace fastattn::sm90

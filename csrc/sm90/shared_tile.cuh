@@ -1,0 +1,69 @@
+// A matrix of 16-bit elements in shared memory, laid down as TMA writes it and as WGMMA reads it.
+#pragma once
+
+#include <cstdint>
+
+#include "sm90/wgmma.cuh"
+
+namespace fastattn::sm90 {
+
+// Panels of 64 columns; a panel row is 128 bytes, whose eight 16-byte units are exchanged by exclusive-or with row % 8
+// (the 128-byte swizzle), so that both a row and a column of units touch every bank once.
+inline constexpr int kPanelColumns = 64;
+inline constexpr int kPanelRowBytes = 128;
+
+// Where a matrix product finds an operand in shared memory: its first step's descriptor, and how far the next ones are.
+template <Major kMajor_, int kPanelBytes>
+struct SharedOperand {
+  static constexpr Major kMajor = kMajor_;
+  std::uint64_t descriptor;
+
+  // The descriptor of contracted elements [16 · i, 16 · i + 16).
+  __device__ std::uint64_t step(int i) const {
+    if constexpr (kMajor == Major::K) {  // along a row: 32 bytes within a panel, then the next panel
+      return descriptor + ((i / 4 * kPanelBytes + i % 4 * 32) >> 4);
+    } else {  // along a column: 16 rows
+      return descriptor + ((i * 16 * kPanelRowBytes) >> 4);
+    }
+  }
+};
+
+template <class Element, int kRows, int kColumns>
+struct SharedTile {
+  static_assert(kColumns % kPanelColumns == 0 && kRows % 8 == 0 && sizeof(Element) == 2);
+  static constexpr int kPanels = kColumns / kPanelColumns;
+  static constexpr int kPanelBytes = kRows * kPanelRowBytes;
+  static constexpr int kBytes = kPanels * kPanelBytes;
+
+  alignas(1024) std::byte bytes[kBytes];
+
+  __device__ std::byte* panel(int i) { return bytes + i * kPanelBytes; }
+
+  // The pair of elements (row, column) and (row, column + 1); column even.
+  __device__ std::uint32_t& pair(int row, int column) {
+    const int offset = (column % kPanelColumns * 2) ^ (row % 8 * 16);
+    return *reinterpret_cast<std::uint32_t*>(panel(column / kPanelColumns) + row * kPanelRowBytes + offset);
+  }
+
+  // As an operand whose rows are the product's rows (or columns, for B), contracted along the tile's columns.
+  __device__ SharedOperand<Major::K, kPanelBytes> k_major(int first_row = 0) const {
+    return {describe(first_row * kPanelRowBytes)};
+  }
+  // As an operand whose columns are the product's rows (or columns, for B), contracted along the tile's rows.
+  __device__ SharedOperand<Major::MN, kPanelBytes> mn_major(int first_column = 0) const {
+    return {describe(first_column / kPanelColumns * kPanelBytes)};
+  }
+
+ private:
+  // PTX ISA, "Matrix descriptor format": address, leading and stride byte offsets in units of 16 bytes; the leading
+  // offset leads from one panel to the next (MN-major only), the stride offset over eight rows.
+  __device__ std::uint64_t describe(int offset) const {
+    constexpr std::uint64_t kSwizzle128 = std::uint64_t{1} << 62;
+    constexpr std::uint64_t kLeading = std::uint64_t{kPanelBytes >> 4} << 16;
+    constexpr std::uint64_t kStride = std::uint64_t{8 * kPanelRowBytes >> 4} << 32;
+    const std::uint32_t address = static_cast<std::uint32_t>(__cvta_generic_to_shared(bytes)) + offset;
+    return kSwizzle128 | kStride | kLeading | (address >> 4);
+  }
+};
+
+}  // namespace fastattn::sm90

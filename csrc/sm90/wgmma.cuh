@@ -1,0 +1,106 @@
+// Warpgroup matrix multiply-accumulate: 64 × N accumulators in the registers of 128 threads, operands in shared memory
+// (described by 64-bit descriptors) or, for A, in registers. The instructions themselves are CUTLASS's atoms.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cutlass/numeric_types.h>
+
+#include <cstdint>
+#include <cute/arch/mma_sm90.hpp>
+#include <cute/arch/mma_sm90_gmma.hpp>
+#include <utility>
+
+#include "fastattn/operand/element.hpp"
+
+namespace fastattn::sm90 {
+
+using Major = cute::SM90::GMMA::Major;
+
+// What the tensor cores and the conversion units call our element types.
+template <class Element>
+struct DeviceElement;
+
+template <>
+struct DeviceElement<BFloat16> {
+  using Mma = cutlass::bfloat16_t;
+  static __device__ std::uint32_t pack(float low, float high) {
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+    return reinterpret_cast<const std::uint32_t&>(pair);
+  }
+  static __device__ float2 unpack(std::uint32_t pair) {
+    return __bfloat1622float2(reinterpret_cast<const __nv_bfloat162&>(pair));
+  }
+};
+
+template <>
+struct DeviceElement<Float16> {
+  using Mma = cutlass::half_t;
+  static __device__ std::uint32_t pack(float low, float high) {
+    const __half2 pair = __floats2half2_rn(low, high);
+    return reinterpret_cast<const std::uint32_t&>(pair);
+  }
+  static __device__ float2 unpack(std::uint32_t pair) { return __half22float2(reinterpret_cast<const __half2&>(pair)); }
+};
+
+namespace wgmma {
+
+// Orders register and shared-memory accesses before the products that follow.
+__device__ inline void fence() { cute::warpgroup_arrive(); }
+// Closes a group of products.
+__device__ inline void commit() { cute::warpgroup_commit_batch(); }
+// Waits until at most kPending of the youngest groups are unfinished.
+template <int kPending>
+__device__ inline void wait() {
+  cute::warpgroup_wait<kPending>();
+}
+
+// Pins registers at this point of the program: an accumulator must not be read before the wait, nor the registers of an
+// A operand be given to something else while a product may still read them.
+template <class Register, int kCount>
+__device__ inline void pin(Register (&registers)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    cute::warpgroup_fence_operand(registers[i]);
+  }
+}
+
+template <class Element, int kColumns, Major kA, Major kB>
+using AtomSS =
+    decltype(cute::SM90::GMMA::ss_op_selector<typename DeviceElement<Element>::Mma,
+                                              typename DeviceElement<Element>::Mma, float,
+                                              cute::Shape<cute::_64, cute::Int<kColumns>, cute::_16>, kA, kB>());
+template <class Element, int kColumns, Major kB>
+using AtomRS =
+    decltype(cute::SM90::GMMA::rs_op_selector<typename DeviceElement<Element>::Mma,
+                                              typename DeviceElement<Element>::Mma, float,
+                                              cute::Shape<cute::_64, cute::Int<kColumns>, cute::_16>, Major::K, kB>());
+
+// d (+)= A · B with kDepth contracted elements; both operands in shared memory. `accumulate` false overwrites d.
+template <class Element, int kDepth, class A, class B, int kCount>
+__device__ inline void multiply(A a, B b, float (&d)[kCount], bool accumulate) {
+  using Atom = AtomSS<Element, kCount * 2, A::kMajor, B::kMajor>;
+#pragma unroll
+  for (int step = 0; step < kDepth / 16; ++step) {
+    const auto scale = accumulate || step > 0 ? cute::SM90::GMMA::ScaleOut::One : cute::SM90::GMMA::ScaleOut::Zero;
+    [&]<std::size_t... i>(std::index_sequence<i...>) {
+      Atom::fma(a.step(step), b.step(step), d[i]..., scale);
+    }(std::make_index_sequence<kCount>{});
+  }
+}
+
+// d += A · B, with A in registers: four per 16 contracted elements.
+template <class Element, class B, int kRegisters, int kCount>
+__device__ inline void multiply(const std::uint32_t (&a)[kRegisters], B b, float (&d)[kCount]) {
+  using Atom = AtomRS<Element, kCount * 2, B::kMajor>;
+#pragma unroll
+  for (int step = 0; step < kRegisters / 4; ++step) {
+    [&]<std::size_t... i>(std::index_sequence<i...>) {
+      Atom::fma(a[4 * step], a[4 * step + 1], a[4 * step + 2], a[4 * step + 3], b.step(step), d[i]...,
+                cute::SM90::GMMA::ScaleOut::One);
+    }(std::make_index_sequence<kCount>{});
+  }
+}
+
+}  // namespace wgmma
+}  // namespace fastattn::sm90
