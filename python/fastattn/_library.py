@@ -1,0 +1,17 @@
+"""The compiled ops: one library, loaded once, for every Python and every torch that the package admits."""
+
+from pathlib import Path
+
+import torch
+
+path = Path(__file__).with_name("fastattn_torch.so")
+
+
+def load() -> None:
+    """Hand the library's kernels to torch's dispatcher."""
+    if not path.exists():
+        raise ImportError(
+            f"fastattn's op library is missing: there is no {path}. Install the wheel (`pip install .` or `make wheel`); "
+            "a source tree on PYTHONPATH holds no compiled library."
+        )
+    torch.ops.load_library(str(path))

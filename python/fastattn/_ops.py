@@ -1,0 +1,77 @@
+"""What torch must know of an op beside its kernels: one row of a table, one function that registers a row.
+
+The kernels are C++ and come from the op library. Schema, shapes without data (fake), gradient, behaviour under autocast
+and vmap, and the FLOP count are the fields of `Op`; each op's module fills in one row for its forward and one for its
+backward.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import register_flop_formula
+
+NAMESPACE = "fastattn"
+_library = torch.library.Library(NAMESPACE, "DEF")
+_AUTOCAST_KEYS = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}
+
+OPS: dict[str, "Op"] = {}
+
+
+@dataclass(frozen=True)
+class Op:
+    name: str
+    schema: str
+    """Parameters and results, as torch writes them. All-tensor parameters come first, options are keyword-only."""
+    fake: Callable[..., Any]
+    """Results without data. Strides are those of the kernels' results: contiguous."""
+    flops: Callable[..., int]
+    """Floating-point operations of a call, from the shapes of its tensors."""
+    setup_context: Callable[..., None] | None = None
+    """Keeps what `backward` needs."""
+    backward: Callable[..., Any] | None = None
+    """Gradients of the tensor parameters; None: a call to differentiate the op is an error."""
+    autocast: bool = False
+    """Under autocast, run with floating-point tensors cast to autocast's dtype."""
+
+
+def register(op: Op) -> None:
+    name = f"{NAMESPACE}::{op.name}"
+    _library.define(f"{op.name}{op.schema}", tags=(torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag))
+    torch.library.register_fake(name, op.fake, lib=_library)
+    torch.library.register_autograd(
+        name, op.backward or _refuse_gradient(op.name), setup_context=op.setup_context, lib=_library
+    )
+    packet = getattr(getattr(torch.ops, NAMESPACE), op.name)
+    register_flop_formula(packet)(op.flops)
+    if op.autocast:
+        for device, key in _AUTOCAST_KEYS.items():
+            _library.impl(op.name, _autocast(packet.default, device), key)
+    OPS[op.name] = op
+
+
+def _refuse_gradient(name: str) -> Callable[..., Any]:
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        raise NotImplementedError(
+            f"fastattn::{name} has no gradient: double backward is not supported. Call backward() without "
+            "create_graph=True, or use torch.nn.functional.scaled_dot_product_attention with its math backend."
+        )
+
+    return backward
+
+
+def _autocast(overload: Any, device: str) -> Callable[..., Any]:
+    # torch.library.register_autocast takes one fixed dtype and refuses keyword arguments.
+    keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, _AUTOCAST_KEYS[device]))
+
+    def cast(value: Any, dtype: torch.dtype) -> Any:
+        castable = isinstance(value, torch.Tensor) and value.is_floating_point() and value.dtype != torch.float64
+        return value.to(dtype) if castable else value
+
+    def kernel(*tensors: Any, **options: Any) -> Any:
+        dtype = torch.get_autocast_dtype(device)
+        with torch._C._ExcludeDispatchKeyGuard(keys):
+            return overload(*(cast(tensor, dtype) for tensor in tensors), **options)
+
+    return kernel

@@ -1,0 +1,184 @@
+"""Softmax attention, dense, causal or in a sliding window: the public function and its two rows of the op table."""
+
+import math
+from collections.abc import Sequence
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor
+
+from ._ops import Op, register
+
+UNBOUNDED = -1
+"""A side of a window without bound."""
+
+
+@overload
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float | None = ...,
+    causal: bool = ...,
+    window: tuple[int, int] | None = ...,
+    return_lse: Literal[False] = ...,
+) -> Tensor: ...
+
+
+@overload
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float | None = ...,
+    causal: bool = ...,
+    window: tuple[int, int] | None = ...,
+    return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float | None = None,
+    causal: bool = False,
+    window: tuple[int, int] | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    r"""Softmax attention, ``softmax(scale · q kᵀ) v``, computed tile by tile and never stored as a matrix.
+
+    Query ``i`` sees key ``j`` when ``-left <= j - (i + seq_k - seq_q) <= right``: the band is aligned with the
+    bottom-right corner, so that the last query sees the last key. A query that sees no key gets an output of 0, an LSE of
+    -inf and gradients of 0. Sums are kept in float32 whatever the dtype.
+
+    The algorithm is FlashAttention-2 (Dao, 2023, arXiv 2307.08691); on Hopper with the asynchronous tile pipeline of
+    FlashAttention-3 (Shah et al., 2024, arXiv 2407.08608).
+
+    Args:
+        q: ``[batch, seq_q, heads, head_dim]``, float32 (CPU only), float16 or bfloat16. Any strides with a contiguous
+            last dimension: slices of a fused QKV projection and transposed ``[batch, heads, seq, head_dim]`` views are
+            read in place. (CUDA: in place where base and strides are multiples of 16 bytes, else from a copy.)
+            ``head_dim`` is a multiple of 8 up to 256 on the CPU, up to 128 on CUDA.
+        k, v: ``[batch, seq_k, kv_heads, head_dim]``, dtype and device of ``q``. ``heads`` is a multiple of
+            ``kv_heads``; query head ``h`` reads key head ``h // (heads // kv_heads)`` (grouped-query attention).
+        scale: multiplies the scores, finite and positive; ``1 / sqrt(head_dim)`` if None.
+        causal: hide the keys after each query: caps ``right`` at 0.
+        window: ``(left, right)``, the number of keys seen on either side of the diagonal; -1 is unbounded.
+        return_lse: return the log-sum-exp of each row as well.
+
+    Returns:
+        The output, ``[batch, seq_q, heads, head_dim]``, contiguous, in ``q``'s dtype; with ``return_lse`` the pair of it and
+        the natural log-sum-exp of the scaled, masked scores, float32 ``[batch, heads, seq_q]``. Both are differentiable;
+        second derivatives are not available.
+
+    Raises:
+        RuntimeError: for an argument that cannot be run. The message names the argument, what came and what is allowed.
+
+    Example:
+        >>> q, k, v = torch.randn(3, 2, 128, 8, 64).unbind()
+        >>> attention(q, k, v, causal=True).shape
+        torch.Size([2, 128, 8, 64])
+    """
+    out, lse = torch.ops.fastattn.attention(q, k, v, scale=scale, causal=causal, window=window)
+    return (out, lse) if return_lse else out
+
+
+def kept_scores(seq_q: int, seq_k: int, causal: bool = False, window: Sequence[int] | None = None) -> int:
+    """The number of (query, key) pairs that the mask keeps."""
+    left, right = window or (UNBOUNDED, UNBOUNDED)
+    right = 0 if causal else right
+
+    def ramp_sum(first: int) -> int:
+        """Σ clip(first + i, 0, seq_k) over the queries i."""
+
+        def below(x: int) -> int:  # Σ min(j, seq_k) over 0 <= j < x
+            linear = min(max(x, 0), seq_k + 1)
+            return linear * (linear - 1) // 2 + (max(x, 0) - linear) * seq_k
+
+        return below(first + seq_q) - below(first)
+
+    diagonal = seq_k - seq_q
+    ends = seq_q * seq_k if right == UNBOUNDED else ramp_sum(diagonal + right + 1)
+    begins = 0 if left == UNBOUNDED else ramp_sum(diagonal - left)
+    return ends - begins
+
+
+def _forward_flops(
+    q: Sequence[int],
+    k: Sequence[int],
+    v: Sequence[int],
+    *,
+    causal: bool = False,
+    window: Sequence[int] | None = None,
+    **_: Any,
+) -> int:
+    batch, seq_q, heads, head_dim = q
+    return 4 * batch * heads * head_dim * kept_scores(seq_q, k[1], causal, window)
+
+
+def _backward_flops(
+    dout: Sequence[int],
+    dlse: Sequence[int] | None,
+    q: Sequence[int],
+    k: Sequence[int],
+    v: Sequence[int],
+    *rest: Any,
+    **options: Any,
+) -> int:
+    return _forward_flops(q, k, v, **options) * 5 // 2  # five matrix products instead of two
+
+
+def _forward_fake(q: Tensor, k: Tensor, v: Tensor, **_: Any) -> tuple[Tensor, Tensor]:
+    batch, seq_q, heads, _head_dim = q.shape
+    return q.new_empty(q.shape), q.new_empty((batch, heads, seq_q), dtype=torch.float32)
+
+
+def _backward_fake(
+    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, **_: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _setup_context(
+    ctx: Any, inputs: tuple[Tensor, ...], keyword_only_inputs: dict[str, Any], output: tuple[Tensor, ...]
+) -> None:
+    ctx.save_for_backward(*inputs, *output)
+    ctx.set_materialize_grads(False)
+    ctx.options = keyword_only_inputs
+
+
+def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+    if dout is None and dlse is None:
+        return None, None, None
+    q, k, v, out, lse = ctx.saved_tensors
+    dout = torch.zeros_like(out) if dout is None else dout
+    gradients: tuple[Tensor, ...] = torch.ops.fastattn.attention_backward(dout, dlse, q, k, v, out, lse, **ctx.options)
+    return gradients
+
+
+_OPTIONS = "float? scale=None, bool causal=False, int[]? window=None"
+
+register(
+    Op(
+        name="attention",
+        schema=f"(Tensor q, Tensor k, Tensor v, *, {_OPTIONS}) -> (Tensor out, Tensor lse)",
+        fake=_forward_fake,
+        flops=_forward_flops,
+        setup_context=_setup_context,
+        backward=_backward,
+        autocast=True,
+    )
+)
+register(
+    Op(
+        name="attention_backward",
+        schema="(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, *, "
+        f"{_OPTIONS}) -> (Tensor dq, Tensor dk, Tensor dv)",
+        fake=_backward_fake,
+        flops=_backward_flops,
+    )
+)
