@@ -2,6 +2,7 @@
 #include <cstring>
 #include <fstream>
 #include <new>
+#include <stdexcept>
 #include <string>
 #include <utility>
 #include <vector>
@@ -63,5 +64,11 @@ class CpuDevice final : public Device {
 }  // namespace
 
 std::unique_ptr<Device> cpu_device() { return std::make_unique<CpuDevice>(); }
+
+#if !defined(FASTATTN_WITH_CUDA)
+std::unique_ptr<Device> cuda_device() {
+  throw std::runtime_error("--device cuda: this fastattn_bench was built without CUDA; allowed: cpu");
+}
+#endif
 
 }  // namespace bench

@@ -1,8 +1,4 @@
-// The GPU through the CUDA runtime; a build without CUDA refuses it.
-#include "device.hpp"
-
-#if defined(FASTATTN_WITH_CUDA)
-
+// The GPU through the CUDA runtime. Compiled only into a build with CUDA.
 #include <cuda_runtime_api.h>
 
 #include <algorithm>
@@ -11,6 +7,7 @@
 #include <utility>
 #include <vector>
 
+#include "device.hpp"
 #include "statistics.hpp"
 
 namespace bench {
@@ -121,13 +118,3 @@ class CudaDevice final : public Device {
 std::unique_ptr<Device> cuda_device() { return std::make_unique<CudaDevice>(); }
 
 }  // namespace bench
-
-#else
-
-#include <stdexcept>
-
-std::unique_ptr<bench::Device> bench::cuda_device() {
-  throw std::runtime_error("--device cuda: this fastattn_bench was built without CUDA; allowed: cpu");
-}
-
-#endif

@@ -1,0 +1,218 @@
+"""python -m bench: fastattn and its peers on the same inputs, in turns; a table, and records in bench/results."""
+
+import re
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from torch import Tensor
+
+from fastattn.measure import Float64Sample, interleaved_times
+
+from . import records
+from .cases import CPU_CASES, GPU_CASES, MODES, Case
+from .contestants import CPU_PEERS, GPU_PEERS, Attention, UnsupportedCaseError, absent_peers, ours
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+OURS = "fastattn"
+
+
+@dataclass
+class Measurement:
+    case: Case
+    mode: str
+    dtype: str
+    times: dict[str, float] = field(default_factory=dict)
+    errors: dict[str, float] = field(default_factory=dict)
+    troubles: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def ratio(self) -> float | None:
+        """Times that fastattn is as fast as its fastest peer."""
+        peers = [time for name, time in self.times.items() if name != OURS]
+        return min(peers) / self.times[OURS] if peers and OURS in self.times else None
+
+    @property
+    def tflops(self) -> float:
+        return self.case.flops(self.mode) / self.times[OURS] * 1e-6
+
+    def record(self, machine: dict[str, Any], commit: str) -> records.Record:
+        return {
+            "op": "attention",
+            "case": self.case.name,
+            "mode": self.mode,
+            "dtype": self.dtype,
+            "shape": self.case.shape,
+            "density": round(self.case.density, 4),
+            "time_us": round(self.times[OURS], 2),
+            "tflops": float(f"{self.tflops:.4g}"),
+            "percent_of_roofline": round(100 * self.tflops / machine["gemm_tflops"], 1),
+            "error": float(f"{self.errors[OURS]:.3g}"),
+            "against": {name: round(time, 2) for name, time in self.times.items() if name != OURS},
+            "bound_speedup": None,
+            "commit": commit,
+            "machine": machine,
+        }
+
+
+def measure(
+    case: Case,
+    dtype: str,
+    modes: list[str],
+    contestants: Mapping[str, Callable[[Case], Attention]],
+    device: torch.device,
+    seconds: float,
+) -> list[Measurement]:
+    """One case in every mode, all contestants on the same inputs."""
+    random = torch.Generator(device).manual_seed(0)
+
+    def normal(seq: int, heads: int) -> Tensor:
+        shape = (case.batch, seq, heads, case.head_dim)
+        return torch.randn(shape, generator=random, device=device).to(DTYPES[dtype])
+
+    q, dout = (normal(case.seq_q, case.heads) for _ in range(2))
+    k, v = (normal(case.seq_k, case.kv_heads) for _ in range(2))
+    backward = modes != ["fwd"]
+    sample = Float64Sample(q, k, v, dout if backward else None, causal=case.causal, window=case.window)
+
+    measurements = []
+    for mode in modes:
+        measurement = Measurement(case, mode, dtype)
+        calls = {}
+        for name, build in contestants.items():
+            try:
+                call = prepare(build(case), q, k, v, dout, mode)
+                result = call()
+                measurement.errors[name] = sample.error(result) if mode == "fwd" else sample.gradient_error(result)
+                calls[name] = call
+            except UnsupportedCaseError as error:
+                measurement.troubles[name] = str(error)
+            except Exception as error:  # a peer's failure, whatever it is, must not cost the others their measurement
+                measurement.troubles[name] = f"{type(error).__name__}: {error}".splitlines()[0]
+        measurement.times = interleaved_times(calls, device, seconds)
+        measurements.append(measurement)
+    return measurements
+
+
+def prepare(attention: Attention, q: Tensor, k: Tensor, v: Tensor, dout: Tensor, mode: str) -> Callable[[], Any]:
+    """The call to be timed. Its result is the output, or the gradients of q, k and v."""
+    if mode == "fwd":
+        return lambda: attention(q, k, v)
+    inputs = tuple(x.detach().requires_grad_() for x in (q, k, v))
+    if mode == "fwd+bwd":
+        return lambda: torch.autograd.grad(attention(*inputs), inputs, dout)
+    out = attention(*inputs)
+    return lambda: torch.autograd.grad(out, inputs, dout, retain_graph=True)
+
+
+def main(
+    cases: Annotated[str, typer.Option(help="Run the listed cases whose name matches this regular expression.")] = "",
+    case: Annotated[list[str] | None, typer.Option(help="Run this case, listed or not; may be repeated.")] = None,
+    modes: Annotated[str, typer.Option(help=f"Comma-separated, of {', '.join(MODES)}.")] = "fwd,bwd",
+    dtypes: Annotated[str, typer.Option(help="Comma-separated; bf16 on a GPU and fp32,bf16 on a CPU by default.")] = "",
+    peers: Annotated[str, typer.Option(help="Comma-separated; all that can be imported by default.")] = "",
+    device: Annotated[str, typer.Option(help="cpu or cuda; cuda by default where there is one.")] = "",
+    seconds: Annotated[float, typer.Option(help="Time spent on timing each case in each mode.")] = 2,
+    output: Annotated[Path, typer.Option(help="Folder of the records.")] = records.RESULTS,
+    show: Annotated[bool, typer.Option("--list", help="Print the names of the cases and stop.")] = False,
+) -> None:
+    """Measure fastattn.attention and its peers on the same inputs, in turns."""
+    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    on_gpu = where.type == "cuda"
+    chosen = chosen_cases(cases, case or [], GPU_CASES if on_gpu else CPU_CASES)
+    if show:
+        for listed in chosen:
+            typer.echo(listed.name)
+        return
+    console = Console() if sys.stdout.isatty() else Console(width=150)  # a log has room for the table
+    contestants = {OURS: ours, **chosen_peers(peers, GPU_PEERS if on_gpu else CPU_PEERS, console)}
+    chosen_modes = pick("--modes", modes, MODES)
+    chosen_dtypes = pick("--dtypes", dtypes or ("bf16" if on_gpu else "fp32,bf16"), DTYPES)
+    commit, machine = records.commit(), records.machine(where)
+    path = output / f"attention.{records.slug(machine)}.json"
+    console.print(f"{machine.get('gpu') or machine['cpu']}: matrix products at {machine['gemm_tflops']:.4g} TFLOP/s")
+
+    measurements: list[Measurement] = []
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("", total=len(chosen) * len(chosen_dtypes))
+        for dtype in chosen_dtypes:
+            for each in chosen:
+                progress.update(task, description=f"{each.name} {dtype}")
+                new = measure(each, dtype, chosen_modes, contestants, where, seconds)
+                records.merge(path, [m.record(machine, commit) for m in new if OURS in m.times])
+                measurements += new
+                progress.advance(task)
+    console.print(table(measurements, list(contestants)))
+    console.print(f"Records: {path}")
+
+    troubles = [(m, name, text) for m in measurements for name, text in m.troubles.items()]
+    for m, name, text in troubles:
+        console.print(f"{name} did not run {m.case.name} {m.mode} {m.dtype}: {text}", style="yellow", markup=False)
+    if any(name == OURS or name in peers.split(",") for _, name, _ in troubles):
+        raise typer.Exit(1)
+
+
+def chosen_cases(pattern: str, names: list[str], listed: tuple[Case, ...]) -> list[Case]:
+    try:
+        chosen = [Case.parse(name) for name in names] or [case for case in listed if re.search(pattern, case.name)]
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--case") from error
+    if not chosen:
+        raise typer.BadParameter(f"{pattern!r} matches no case of --list", param_hint="--cases")
+    return chosen
+
+
+def pick(option: str, text: str, allowed: Mapping[str, object] | tuple[str, ...]) -> list[str]:
+    names = text.split(",")
+    for name in names:
+        if name not in allowed:
+            raise typer.BadParameter(f"{name!r}; allowed: {', '.join(allowed)}", param_hint=option)
+    return names
+
+
+def chosen_peers(
+    text: str, known: Mapping[str, Callable[[Case], Attention]], console: Console
+) -> dict[str, Callable[[Case], Attention]]:
+    """The peers asked for, all of which must be there; or all that are there."""
+    absent = absent_peers(known)
+    names = pick("--peers", text, known) if text else [name for name in known if name not in absent]
+    for name in names:
+        if name in absent:
+            raise typer.BadParameter(f"{name} cannot be imported: {absent[name]}", param_hint="--peers")
+    if not text:
+        for name, reason in absent.items():
+            console.print(f"Absent: {name} ({reason})", style="yellow", markup=False)
+    return {name: known[name] for name in names}
+
+
+def table(measurements: list[Measurement], names: list[str]) -> Table:
+    result = Table(title="Times in ms, and relative errors against float64", header_style="bold")
+    for heading in ("case", "mode", "dtype"):
+        result.add_column(heading, no_wrap=True)
+    for heading in ("TFLOP/s", *names):
+        result.add_column(heading, justify="right", no_wrap=True)
+    result.add_column("best peer / ours", justify="right")
+    for m in measurements:
+        cells = [f"{m.times[n] / 1e3:.4g}\n{m.errors[n]:.1e}" if n in m.times else "–" for n in names]
+        ratio = m.ratio
+        result.add_row(
+            m.case.name,
+            m.mode,
+            m.dtype,
+            f"{m.tflops:.4g}" if OURS in m.times else "–",
+            *cells,
+            "–" if ratio is None else f"[{'green' if ratio >= 1 else 'red'}]{ratio:.2f}[/]",
+        )
+    return result
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,89 @@
+"""python -m bench.readme: writes the table of measured figures into README.md. With --check, only tells if it is stale."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .cases import Case
+from .records import RESULTS, Record, read
+
+README = Path(__file__).parent.parent / "README.md"
+BEGIN = "<!-- measured figures: written by `python -m bench.readme` from bench/results -->"
+END = "<!-- end of measured figures -->"
+
+
+def is_current() -> bool:
+    text = README.read_text()
+    return rendered(text) == text
+
+
+def rendered(readme: str) -> str:
+    """README's text with the figures between the markers written anew."""
+    head, rest = readme.split(BEGIN)
+    _, tail = rest.split(END)
+    return f"{head}{BEGIN}\n\n{figures()}\n\n{END}{tail}"
+
+
+def figures() -> str:
+    tables = [table(records) for path in sorted(RESULTS.glob("*.json")) if (records := read(path))]
+    return "\n\n".join(tables) or "Not measured yet."
+
+
+def table(records: list[Record]) -> str:
+    """One machine's records: a row for each case and dtype, with forward and backward side by side."""
+    rows: dict[tuple[str, str], dict[str, Record]] = {}
+    for record in records:
+        rows.setdefault((record["case"], record["dtype"]), {})[record["mode"]] = record
+    lines = [
+        f"**{machine_line(records)}**",
+        "",
+        "| case | dtype | forward | TFLOP/s | against the best peer | error | backward | TFLOP/s | against the best peer | error |",
+        "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    for (case, dtype), modes in rows.items():
+        cells = [cell for mode in ("fwd", "bwd") for cell in result_cells(modes.get(mode))]
+        lines.append(f"| {described(Case.parse(case))} | {dtype} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def machine_line(records: list[Record]) -> str:
+    machines: list[dict[str, Any]] = [record["machine"] for record in records]
+    commits = sorted({record["commit"] for record in records})
+    names = sorted({m.get("gpu") or f"{m['cpu']}, {m['threads']} threads, {m['instruction_set']}" for m in machines})
+    rates = sorted(m["gemm_tflops"] for m in machines)
+    rate = f"{rates[0]:.3g}" if rates[0] == rates[-1] else f"{rates[0]:.3g} to {rates[-1]:.3g}"
+    torches = sorted({m["torch"] for m in machines})
+    return (
+        f"{'; '.join(names)} · torch {', '.join(torches)} · matrix products {rate} TFLOP/s · "
+        f"commit {', '.join(commits)}"
+    )
+
+
+def described(case: Case) -> str:
+    lengths = f"{case.seq_q}" if case.seq_q == case.seq_k else f"{case.seq_q}×{case.seq_k}"
+    heads = f"{case.heads}" if case.heads == case.kv_heads else f"{case.heads}/{case.kv_heads}"
+    mask = f"window {case.window[0]}" if case.window else "causal" if case.causal else "full"
+    return f"B {case.batch}, S {lengths}, H {heads}, D {case.head_dim}, {mask}"
+
+
+def result_cells(record: Record | None) -> list[str]:
+    if record is None:
+        return ["–"] * 4
+    peers: dict[str, float] = record["against"]
+    best = min(peers, key=lambda name: peers[name], default=None)
+    ratio = "–" if best is None else f"{peers[best] / record['time_us']:.2f} × {best}"
+    return [f"{record['time_us'] / 1e3:.3g} ms", f"{record['tflops']:.3g}", ratio, f"{record['error']:.0e}"]
+
+
+def main(check: Annotated[bool, typer.Option(help="Write nothing; exit 1 if README.md is stale.")] = False) -> None:
+    """Write the measured figures into README.md."""
+    if not check:
+        README.write_text(rendered(README.read_text()))
+    elif not is_current():
+        typer.echo("README.md does not show the records of bench/results: run `python -m bench.readme`", err=True)
+        raise typer.Exit(1)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,142 @@
+"""Times and errors one can trust, for the benchmarks and the demo.
+
+Times: every contestant runs on the same inputs in the same process, in rounds that begin with another contestant each
+time, so that clocks, temperature and neighbours treat all alike; the median counts. On a GPU each call starts with a
+cold L2 cache. Errors: against float64 on the very inputs that the kernel read.
+"""
+
+import importlib
+import time
+from collections.abc import Callable, Mapping, Sequence
+from statistics import median
+
+import torch
+from torch import Tensor
+
+from . import reference
+
+Call = Callable[[], object]
+
+
+def interleaved_times(
+    calls: Mapping[str, Call], device: torch.device, seconds: float, fewest_rounds: int = 5
+) -> dict[str, float]:
+    """Median microseconds of each call. Rounds go on for about `seconds`, and are at least `fewest_rounds`."""
+    clock = _cuda_clock() if device.type == "cuda" else _cpu_clock
+    for call in calls.values():
+        call()
+    names = list(calls)
+    samples: dict[str, list[float]] = {name: [] for name in names}
+    end = time.perf_counter() + seconds
+    rounds = 0
+    while rounds < fewest_rounds or time.perf_counter() < end:
+        first = rounds % len(names)
+        for name in names[first:] + names[:first]:
+            samples[name].append(clock(calls[name]))
+        rounds += 1
+    return {name: median(times) for name, times in samples.items()}
+
+
+def _cpu_clock(call: Call) -> float:
+    start = time.perf_counter()
+    call()
+    return (time.perf_counter() - start) * 1e6
+
+
+def _cuda_clock() -> Callable[[Call], float]:
+    testing = importlib.import_module("triton.testing")
+
+    def clock(call: Call) -> float:
+        return float(testing.do_bench(call, warmup=5, rep=25, return_mode="median")) * 1e3
+
+    return clock
+
+
+def matmul_tflops(device: torch.device, seconds: float = 1) -> float:
+    """The machine's rate at large matrix products: bf16 8192³ on a GPU, fp32 2048³ on a CPU."""
+    size, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (2048, torch.float32)
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    return 2 * size**3 / interleaved_times({"matmul": lambda: a @ b}, device, seconds)["matmul"] * 1e-6
+
+
+def relative_error(x: Tensor, expected: Tensor) -> float:
+    """‖x − expected‖ / ‖expected‖."""
+    return float((x.to(expected) - expected).norm() / expected.norm())
+
+
+class Float64Sample:
+    """What `fastattn.attention` and its gradients are in float64, for two key heads and the query heads that read them.
+
+    A head costs seq_q · seq_k and no more memory than a block of queries, so long sequences can be judged as well.
+    """
+
+    def __init__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        dout: Tensor | None = None,
+        *,
+        causal: bool = False,
+        window: tuple[int, int] | None = None,
+    ) -> None:
+        self.group = q.shape[2] // k.shape[2]
+        self.heads = sorted({(0, 0), (q.shape[0] - 1, k.shape[2] - 1)})  # (batch, key head)
+        self.expected = [
+            _attention_in_blocks(
+                self._query_heads(q, head),
+                self._key_head(k, head),
+                self._key_head(v, head),
+                None if dout is None else self._query_heads(dout, head),
+                causal,
+                window,
+            )
+            for head in self.heads
+        ]
+
+    def error(self, out: Tensor) -> float:
+        """The output's relative error."""
+        return max(
+            relative_error(self._query_heads(out, head), expected[0])
+            for head, expected in zip(self.heads, self.expected, strict=True)
+        )
+
+    def gradient_error(self, gradients: Sequence[Tensor]) -> float:
+        """The largest relative error among the gradients of q, k and v."""
+        dq, dk, dv = gradients
+        return max(
+            relative_error(actual, wanted)
+            for head, expected in zip(self.heads, self.expected, strict=True)
+            for actual, wanted in zip(
+                (self._query_heads(dq, head), self._key_head(dk, head), self._key_head(dv, head)),
+                expected[1:],
+                strict=True,
+            )
+        )
+
+    def _query_heads(self, x: Tensor, head: tuple[int, int]) -> Tensor:
+        first = head[1] * self.group
+        return x.detach()[head[0], None, :, first : first + self.group].double()
+
+    def _key_head(self, x: Tensor, head: tuple[int, int]) -> Tensor:
+        return x.detach()[head[0], None, :, head[1], None].double()
+
+
+def _attention_in_blocks(
+    q: Tensor, k: Tensor, v: Tensor, dout: Tensor | None, causal: bool, window: tuple[int, int] | None
+) -> list[Tensor]:
+    """The output, and the gradients if there is a `dout`."""
+    seq_q, seq_k = q.shape[1], k.shape[1]
+    # The mask is aligned with the last query and the last key, so a block of queries of a causal problem is the problem
+    # of its own that ends at the block's last visible key.
+    block = 1024 if causal or window is None else seq_q
+    inputs = [x.requires_grad_(dout is not None) for x in (q, k, v)]
+    outs = []
+    for begin in range(0, seq_q, block):
+        end = min(begin + block, seq_q)
+        visible = max(end + seq_k - seq_q, 0) if causal else seq_k
+        out, _ = reference.attention(q[:, begin:end], k[:, :visible], v[:, :visible], causal=causal, window=window)
+        if dout is not None:
+            torch.autograd.backward(out, dout[:, begin:end])
+        outs.append(out.detach())
+    return [torch.cat(outs, 1), *(x.grad for x in inputs if x.grad is not None)]
