@@ -1,6 +1,5 @@
 """Softmax attention, dense, causal or in a sliding window: the public function and its two rows of the op table."""
 
-import math
 from collections.abc import Sequence
 from typing import Any, Literal, overload
 
@@ -52,8 +51,8 @@ def attention(
     r"""Softmax attention, ``softmax(scale · q kᵀ) v``, computed tile by tile and never stored as a matrix.
 
     Query ``i`` sees key ``j`` when ``-left <= j - (i + seq_k - seq_q) <= right``: the band is aligned with the
-    bottom-right corner, so that the last query sees the last key. A query that sees no key gets an output of 0, an LSE of
-    -inf and gradients of 0. Sums are kept in float32 whatever the dtype.
+    bottom-right corner, so that the last query sees the last key. A query that sees no key gets an output of 0, an LSE
+    of -inf and gradients of 0. Sums are kept in float32 whatever the dtype.
 
     The algorithm is FlashAttention-2 (Dao, 2023, arXiv 2307.08691); on Hopper with the asynchronous tile pipeline of
     FlashAttention-3 (Shah et al., 2024, arXiv 2407.08608).
@@ -71,9 +70,9 @@ def attention(
         return_lse: return the log-sum-exp of each row as well.
 
     Returns:
-        The output, ``[batch, seq_q, heads, head_dim]``, contiguous, in ``q``'s dtype; with ``return_lse`` the pair of it and
-        the natural log-sum-exp of the scaled, masked scores, float32 ``[batch, heads, seq_q]``. Both are differentiable;
-        second derivatives are not available.
+        The output, ``[batch, seq_q, heads, head_dim]``, contiguous, in ``q``'s dtype; with ``return_lse`` the pair of it
+        and the natural log-sum-exp of the scaled, masked scores, float32 ``[batch, heads, seq_q]``. Both are
+        differentiable; second derivatives are not available.
 
     Raises:
         RuntimeError: for an argument that cannot be run. The message names the argument, what came and what is allowed.
