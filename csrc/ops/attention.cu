@@ -133,8 +133,6 @@ Status launch_backward(const AttentionBackward& problem, Stream stream, void (*k
 
 }  // namespace
 
-bool built_with_cuda() { return true; }
-
 Status attention(const Attention& problem, Stream stream) {
   if (const Status status = check_problem(problem); !status.ok()) {
     return status;

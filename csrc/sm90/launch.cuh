@@ -23,6 +23,10 @@ inline Status check_device() {
   if (const Status status = check(cudaGetDevice(&device), "cudaGetDevice"); !status.ok()) {
     return status;
   }
+  // Binds the device's context to this thread: the driver's encoder needs one, and a thread of autograd's may have none.
+  if (const Status status = check(cudaSetDevice(device), "cudaSetDevice"); !status.ok()) {
+    return status;
+  }
   cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
   cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
   if (major != 9 || minor != 0) {
