@@ -1,5 +1,6 @@
 """The compiled ops: one library, loaded once, for every Python and every torch that the package admits."""
 
+import ctypes
 from pathlib import Path
 
 import torch
@@ -15,3 +16,16 @@ def load() -> None:
             "on PYTHONPATH holds no compiled library."
         )
     torch.ops.load_library(str(path))
+
+
+def cpu_instruction_set() -> str:
+    """What the CPU kernels use on this machine."""
+    function = ctypes.CDLL(str(path)).fastattn_cpu_instruction_set
+    function.restype = ctypes.c_char_p
+    return str(function().decode())
+
+
+def built_with_cuda() -> bool:
+    function = ctypes.CDLL(str(path)).fastattn_built_with_cuda
+    function.restype = ctypes.c_bool
+    return bool(function())
