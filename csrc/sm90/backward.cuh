@@ -208,7 +208,7 @@ struct BackwardKernel {
       wgmma::multiply<Element>(weights_operand, shared.dout[stage].mn_major(), dv);
       wgmma::commit();
 
-      store_packed(dscores_operand, shared.dscores[buffer], shared_row, at);
+      store_packed(dscores_operand, shared.dscores[buffer], shared_row, thread);
       publish_shared();
       cutlass::arch::NamedBarrier::sync(kConsumers, 0);
 
@@ -252,9 +252,9 @@ struct BackwardKernel {
     }
     std::uint32_t rounded[kHeadDim / 4];
     pack<Element>(dk, rounded);
-    store_packed(rounded, shared.k, shared_row, at);
+    store_packed(rounded, shared.k, shared_row, thread);
     pack<Element>(dv, rounded);
-    store_packed(rounded, shared.v, shared_row, at);
+    store_packed(rounded, shared.v, shared_row, thread);
     publish_shared();
     cutlass::arch::NamedBarrier::sync(kWarpgroupThreads, 1 + warpgroup);
     if (thread == 0) {

@@ -232,7 +232,7 @@ struct ForwardKernel {
     }
     std::uint32_t rounded[kHeadDim / 4];
     pack<Element>(out, rounded);
-    store_packed(rounded, shared.q, warpgroup * kWarpgroupRows, at);
+    store_packed(rounded, shared.q, warpgroup * kWarpgroupRows, thread);
     publish_shared();
     cutlass::arch::NamedBarrier::sync(kWarpgroupThreads, warpgroup);
     if (thread == 0) {

@@ -23,7 +23,8 @@ inline Status check_device() {
   if (const Status status = check(cudaGetDevice(&device), "cudaGetDevice"); !status.ok()) {
     return status;
   }
-  // Binds the device's context to this thread: the driver's encoder needs one, and a thread of autograd's may have none.
+  // Binds the device's context to this thread: the driver's encoder needs one, and a thread of autograd's may have
+  // none.
   if (const Status status = check(cudaSetDevice(device), "cudaSetDevice"); !status.ok()) {
     return status;
   }

@@ -39,11 +39,7 @@ struct SharedTile {
 
   __device__ std::byte* panel(int i) { return bytes + i * kPanelBytes; }
 
-  // The pair of elements (row, column) and (row, column + 1); column even.
-  __device__ std::uint32_t& pair(int row, int column) {
-    const int offset = (column % kPanelColumns * 2) ^ (row % 8 * 16);
-    return *reinterpret_cast<std::uint32_t*>(panel(column / kPanelColumns) + row * kPanelRowBytes + offset);
-  }
+  __device__ std::uint32_t address() const { return static_cast<std::uint32_t>(__cvta_generic_to_shared(bytes)); }
 
   // As an operand whose rows are the product's rows (or columns, for B), contracted along the tile's columns.
   __device__ SharedOperand<Major::K, kPanelBytes> k_major(int first_row = 0) const {
@@ -61,8 +57,7 @@ struct SharedTile {
     constexpr std::uint64_t kSwizzle128 = std::uint64_t{1} << 62;
     constexpr std::uint64_t kLeading = std::uint64_t{kPanelBytes >> 4} << 16;
     constexpr std::uint64_t kStride = std::uint64_t{8 * kPanelRowBytes >> 4} << 32;
-    const std::uint32_t address = static_cast<std::uint32_t>(__cvta_generic_to_shared(bytes)) + offset;
-    return kSwizzle128 | kStride | kLeading | (address >> 4);
+    return kSwizzle128 | kStride | kLeading | ((address() + offset) >> 4);
   }
 };
 
