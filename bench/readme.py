@@ -1,4 +1,4 @@
-"""python -m bench.readme: writes the table of measured figures into README.md. With --check, only tells if it is stale."""
+"""python -m bench.readme: writes the measured figures into README.md; with --check, tells if they are stale."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -35,11 +35,13 @@ def table(records: list[Record]) -> str:
     rows: dict[tuple[str, str], dict[str, Record]] = {}
     for record in records:
         rows.setdefault((record["case"], record["dtype"]), {})[record["mode"]] = record
+    results = ["TFLOP/s", "ratio to best peer", "error"]
+    headings = ["case", "dtype", "forward", *results, "backward", *results]
     lines = [
         f"**{machine_line(records)}**",
         "",
-        "| case | dtype | forward | TFLOP/s | against the best peer | error | backward | TFLOP/s | against the best peer | error |",
-        "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|",
+        f"| {' | '.join(headings)} |",
+        f"|---|---{'|--:' * 8}|",
     ]
     for (case, dtype), modes in rows.items():
         cells = [cell for mode in ("fwd", "bwd") for cell in result_cells(modes.get(mode))]

