@@ -7,7 +7,9 @@
 #if defined(__CUDACC__)
 #define FASTATTN_HD __host__ __device__ __forceinline__
 #else
-#define FASTATTN_HD inline
+// Always inlined on the host too: no copy of these functions that was compiled for AVX-512 is left for the linker to
+// hand to a translation unit that runs on older machines.
+#define FASTATTN_HD [[gnu::always_inline]] inline
 #endif
 
 namespace fastattn {

@@ -1,0 +1,113 @@
+// The forward executor: what the Hopper kernel does, tile by tile, for any schedule, score and element type.
+#pragma once
+
+#include "fastattn/cpu/matrix_product.hpp"
+#include "fastattn/cpu/parallel.hpp"
+#include "fastattn/schedule/schedule.hpp"
+#include "fastattn/score/score.hpp"
+
+namespace fastattn::cpu {
+
+struct ForwardTensors {
+  TensorView q, k, v, out;
+  float* lse;  // may be null
+};
+
+// One row of a score tile as a score policy sees it; `count` is a multiple of the register's width.
+template <class Isa>
+struct Row {
+  float* scores;
+  int count;
+
+  float max() const {
+    Vector<Isa> largest(-kInfinity);
+    for (int k = 0; k < count; k += Vector<Isa>::kWidth) {
+      largest = max_of(Vector<Isa>::load(scores + k), largest);
+    }
+    return largest_of(largest);
+  }
+
+  template <class Function>
+  float apply(Function function) const {
+    Vector<Isa> sum(0.f);
+    for (int k = 0; k < count; k += Vector<Isa>::kWidth) {
+      const Vector<Isa> weight = function(Vector<Isa>::load(scores + k));
+      weight.store(scores + k);
+      sum = sum + weight;
+    }
+    return sum_of(sum);
+  }
+};
+
+// −∞ for the scores of query q and keys [k_first, k_first + count) that the mask drops.
+template <class Isa, TileSchedule Schedule>
+void mask_row(const Schedule& schedule, int q, int k_first, float* scores, int count) {
+  for (int k = 0; k < count; ++k) {
+    scores[k] = schedule.keeps(q, k_first + k) ? scores[k] : -kInfinity;
+  }
+}
+
+// 192 queries amortise the packing of a key tile; 128 keys bound the scores to 96 KiB of the L2 cache.
+inline constexpr TileShape kForwardTile{192, 128};
+
+// `schedule_of(batch, head)` is the mask of one head.
+template <class Isa, class Element, class ScheduleOf, class Score>
+void forward(const ForwardTensors& x, const ScheduleOf& schedule_of, const Score& score, const Threads& threads) {
+  static_assert(kForwardTile.q % Isa::kRows == 0 && kForwardTile.k % Vector<Isa>::kWidth == 0);
+  const int num_q = static_cast<int>(x.q.seq()), num_k = static_cast<int>(x.k.seq());
+  const int dim = static_cast<int>(x.q.head_dim()), width = round_up<Isa>(dim);
+  const std::int64_t heads = x.q.heads(), group = heads / x.k.heads(), q_tiles = ceil_div(num_q, kForwardTile.q);
+
+  parallel_for(threads, x.q.batch() * heads * q_tiles, [&](std::int64_t task) {
+    // The last query tiles of a head first: under a causal mask they are the longest.
+    const int q_tile = static_cast<int>(q_tiles - 1 - task % q_tiles);
+    const std::int64_t h = task / q_tiles % heads, b = task / q_tiles / heads;
+    const auto schedule = schedule_of(b, h);
+    const int q_first = q_tile * kForwardTile.q, rows = min_of(kForwardTile.q, num_q - q_first);
+
+    Scratch scratch;
+    float* q = scratch.take(kForwardTile.q * width);
+    float* out = scratch.take(kForwardTile.q * width);
+    float* scores = scratch.take(kForwardTile.q * kForwardTile.k);
+    float* keys = scratch.take(dim * kForwardTile.k);
+    float* values = scratch.take(kForwardTile.k * width);
+    float decay[kForwardTile.q] = {};
+    typename Score::State state[kForwardTile.q] = {};
+
+    load_rows<Isa>(q, tokens_of<const Element>(x.q, b, h), q_first, rows, kForwardTile.q, dim);
+    for (int i = 0; i < kForwardTile.q * width; ++i) {
+      out[i] = 0.f;
+    }
+    for_each_tile(schedule, q_tile, kForwardTile, [&](int k_tile, auto coverage) {
+      const int k_first = k_tile * kForwardTile.k, count = min_of(kForwardTile.k, num_k - k_first),
+                columns = round_up<Isa>(count);
+      const Panels<Isa> k{keys, dim, columns}, v{values, count, width};
+      pack_columns(k, tokens_of<const Element>(x.k, b, h / group), k_first, count);
+      pack_rows(v, tokens_of<const Element>(x.v, b, h / group), k_first, count, dim);
+
+      multiply<Isa, Update::kOverwrite>(q, width, k, scores, kForwardTile.k, rows);
+      for (int row = 0; row < rows; ++row) {
+        float* const row_scores = scores + row * kForwardTile.k;
+        if constexpr (coverage() == Coverage::kPartial) {
+          mask_row<Isa>(schedule, q_first + row, k_first, row_scores, columns);
+        }
+        decay[row] = score.absorb(state[row], Row<Isa>{row_scores, columns});
+      }
+      constexpr Update kUpdate = Score::kRescales ? Update::kScaleAndAdd : Update::kAdd;
+      multiply<Isa, kUpdate>(scores, kForwardTile.k, v, out, width, rows, decay);
+    });
+
+    for (int row = 0; row < rows; ++row) {
+      const RowResult result = score.finish(state[row], Identity{});
+      Element* const to = x.out.row<Element>(b, q_first + row, h);
+      for (int d = 0; d < dim; ++d) {
+        to[d] = from_float<Element>(out[row * width + d] * result.output_scale);
+      }
+      if (x.lse != nullptr) {
+        x.lse[(b * heads + h) * num_q + q_first + row] = result.lse;
+      }
+    }
+  });
+}
+
+}  // namespace fastattn::cpu

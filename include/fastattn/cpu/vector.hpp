@@ -1,0 +1,179 @@
+// One SIMD register of floats, for each instruction set, behind one interface.
+//
+// Everything that is compiled for an instruction set is a template over its tag (or a member of one), so that no two
+// instruction sets ever share a symbol: the linker keeps one copy of a symbol, and it must not be the AVX-512 one.
+#pragma once
+
+// GCC 12 warns of the deliberately undefined operands inside its own intrinsics.
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#include <immintrin.h>
+#pragma GCC diagnostic pop
+
+#include "fastattn/operand/element.hpp"
+
+namespace fastattn::cpu {
+
+// kRows × kVectors is the register block of the matrix product: its accumulators, one row of B and one broadcast of A
+// fill the register file (24 + 4 + 1 of 32 registers, 12 + 2 + 1 of 16).
+struct Avx2 {
+  static constexpr int kRows = 6, kVectors = 2;
+};
+struct Avx512 {
+  static constexpr int kRows = 6, kVectors = 4;
+};
+
+template <class Isa>
+struct Vector;
+
+#if defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+
+template <>
+struct Vector<Avx2> {
+  static constexpr int kWidth = 8;
+  __m256 lanes;
+
+  Vector() = default;
+  Vector(__m256 x) : lanes(x) {}
+  Vector(float x) : lanes(_mm256_set1_ps(x)) {}
+
+  static Vector load(const float* p) { return _mm256_loadu_ps(p); }
+  static Vector load(const BFloat16* p) {
+    const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+  }
+  static Vector load(const Float16* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+  void store(float* p) const { _mm256_storeu_ps(p, lanes); }
+
+  friend Vector operator+(Vector a, Vector b) { return _mm256_add_ps(a.lanes, b.lanes); }
+  friend Vector operator-(Vector a, Vector b) { return _mm256_sub_ps(a.lanes, b.lanes); }
+  friend Vector operator*(Vector a, Vector b) { return _mm256_mul_ps(a.lanes, b.lanes); }
+  friend Vector operator/(Vector a, Vector b) { return _mm256_div_ps(a.lanes, b.lanes); }
+  friend Vector fused_multiply_add(Vector a, Vector b, Vector c) { return _mm256_fmadd_ps(a.lanes, b.lanes, c.lanes); }
+  // Where one of the two is NaN, the second is returned.
+  friend Vector max_of(Vector a, Vector b) { return _mm256_max_ps(a.lanes, b.lanes); }
+  friend Vector min_of(Vector a, Vector b) { return _mm256_min_ps(a.lanes, b.lanes); }
+  friend Vector floor(Vector a) { return _mm256_floor_ps(a.lanes); }
+
+  // significand · 2^exponent for a whole exponent up to 128; 0 where it is below −126.
+  friend Vector scale_by_power(Vector significand, Vector exponent) {
+    const __m256i biased =
+        _mm256_add_epi32(_mm256_cvtps_epi32(max_of(Vector(-127.f), exponent).lanes), _mm256_set1_epi32(127));
+    return significand * Vector(_mm256_castsi256_ps(_mm256_slli_epi32(biased, 23)));
+  }
+
+  friend float sum_of(Vector a) {
+    __m128 x = _mm_add_ps(_mm256_castps256_ps128(a.lanes), _mm256_extractf128_ps(a.lanes, 1));
+    x = _mm_add_ps(x, _mm_movehl_ps(x, x));
+    return _mm_cvtss_f32(_mm_add_ss(x, _mm_movehdup_ps(x)));
+  }
+  friend float largest_of(Vector a) {
+    __m128 x = _mm_max_ps(_mm256_castps256_ps128(a.lanes), _mm256_extractf128_ps(a.lanes, 1));
+    x = _mm_max_ps(x, _mm_movehl_ps(x, x));
+    return _mm_cvtss_f32(_mm_max_ss(x, _mm_movehdup_ps(x)));
+  }
+
+  // rows[i][j] becomes rows[j][i].
+  friend void transpose(Vector (&rows)[8]) {
+    __m256 pairs[8], quads[8];
+    for (int i = 0; i < 8; i += 2) {
+      pairs[i] = _mm256_unpacklo_ps(rows[i].lanes, rows[i + 1].lanes);
+      pairs[i + 1] = _mm256_unpackhi_ps(rows[i].lanes, rows[i + 1].lanes);
+    }
+    for (int i = 0; i < 8; i += 4) {
+      quads[i] = _mm256_shuffle_ps(pairs[i], pairs[i + 2], 0x44);
+      quads[i + 1] = _mm256_shuffle_ps(pairs[i], pairs[i + 2], 0xee);
+      quads[i + 2] = _mm256_shuffle_ps(pairs[i + 1], pairs[i + 3], 0x44);
+      quads[i + 3] = _mm256_shuffle_ps(pairs[i + 1], pairs[i + 3], 0xee);
+    }
+    for (int i = 0; i < 4; ++i) {
+      rows[i] = _mm256_permute2f128_ps(quads[i], quads[i + 4], 0x20);
+      rows[i + 4] = _mm256_permute2f128_ps(quads[i], quads[i + 4], 0x31);
+    }
+  }
+};
+
+#endif
+
+#if defined(__AVX512F__) && defined(__AVX512DQ__)
+
+template <>
+struct Vector<Avx512> {
+  static constexpr int kWidth = 16;
+  __m512 lanes;
+
+  Vector() = default;
+  Vector(__m512 x) : lanes(x) {}
+  Vector(float x) : lanes(_mm512_set1_ps(x)) {}
+
+  static Vector load(const float* p) { return _mm512_loadu_ps(p); }
+  static Vector load(const BFloat16* p) {
+    const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+  }
+  static Vector load(const Float16* p) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  }
+  void store(float* p) const { _mm512_storeu_ps(p, lanes); }
+
+  friend Vector operator+(Vector a, Vector b) { return _mm512_add_ps(a.lanes, b.lanes); }
+  friend Vector operator-(Vector a, Vector b) { return _mm512_sub_ps(a.lanes, b.lanes); }
+  friend Vector operator*(Vector a, Vector b) { return _mm512_mul_ps(a.lanes, b.lanes); }
+  friend Vector operator/(Vector a, Vector b) { return _mm512_div_ps(a.lanes, b.lanes); }
+  friend Vector fused_multiply_add(Vector a, Vector b, Vector c) { return _mm512_fmadd_ps(a.lanes, b.lanes, c.lanes); }
+  friend Vector max_of(Vector a, Vector b) { return _mm512_max_ps(a.lanes, b.lanes); }
+  friend Vector min_of(Vector a, Vector b) { return _mm512_min_ps(a.lanes, b.lanes); }
+  friend Vector floor(Vector a) { return _mm512_floor_ps(a.lanes); }
+  friend Vector scale_by_power(Vector significand, Vector exponent) {
+    return _mm512_scalef_ps(significand.lanes, exponent.lanes);
+  }
+
+  friend float sum_of(Vector a) { return _mm512_reduce_add_ps(a.lanes); }
+  friend float largest_of(Vector a) { return _mm512_reduce_max_ps(a.lanes); }
+
+  // rows[i][j] becomes rows[j][i]: 4 × 4 blocks within the 128-bit lanes, then the blocks themselves.
+  friend void transpose(Vector (&rows)[16]) {
+    __m512 pairs[16], quads[16];
+    for (int i = 0; i < 16; i += 2) {
+      pairs[i] = _mm512_unpacklo_ps(rows[i].lanes, rows[i + 1].lanes);
+      pairs[i + 1] = _mm512_unpackhi_ps(rows[i].lanes, rows[i + 1].lanes);
+    }
+    for (int i = 0; i < 16; i += 4) {
+      quads[i] = _mm512_shuffle_ps(pairs[i], pairs[i + 2], 0x44);
+      quads[i + 1] = _mm512_shuffle_ps(pairs[i], pairs[i + 2], 0xee);
+      quads[i + 2] = _mm512_shuffle_ps(pairs[i + 1], pairs[i + 3], 0x44);
+      quads[i + 3] = _mm512_shuffle_ps(pairs[i + 1], pairs[i + 3], 0xee);
+    }
+    for (int i = 0; i < 4; ++i) {
+      const __m512 even_low = _mm512_shuffle_f32x4(quads[i], quads[i + 4], 0x88);
+      const __m512 odd_low = _mm512_shuffle_f32x4(quads[i], quads[i + 4], 0xdd);
+      const __m512 even_high = _mm512_shuffle_f32x4(quads[i + 8], quads[i + 12], 0x88);
+      const __m512 odd_high = _mm512_shuffle_f32x4(quads[i + 8], quads[i + 12], 0xdd);
+      rows[i] = _mm512_shuffle_f32x4(even_low, even_high, 0x88);
+      rows[i + 4] = _mm512_shuffle_f32x4(odd_low, odd_high, 0x88);
+      rows[i + 8] = _mm512_shuffle_f32x4(even_low, even_high, 0xdd);
+      rows[i + 12] = _mm512_shuffle_f32x4(odd_low, odd_high, 0xdd);
+    }
+  }
+};
+
+#endif
+
+// 2^x with a relative error below 2e-7; 0 at −∞, +∞ at +∞, NaN at NaN. The polynomial is the minimax fit of 2^f over
+// [0, 1) with p(0) = 1: 8.2e-8 off by itself.
+template <class Isa>
+Vector<Isa> exp2(Vector<Isa> x) {
+  using V = Vector<Isa>;
+  // Held within the range of exponents, ±∞ and what overflows have a fraction; NaN passes (it comes second).
+  const V held = min_of(V(128.f), max_of(V(-151.f), x));
+  const V whole = floor(held), fraction = held - whole;
+  V p = fused_multiply_add(V(0x1.e974fcp-10f), fraction, V(0x1.277854p-7f));
+  p = fused_multiply_add(p, fraction, V(0x1.c91ce6p-5f));
+  p = fused_multiply_add(p, fraction, V(0x1.ebdb56p-3f));
+  p = fused_multiply_add(p, fraction, V(0x1.62e4bap-1f));
+  p = fused_multiply_add(p, fraction, V(1.f));
+  return scale_by_power(p, whole);
+}
+
+}  // namespace fastattn::cpu

@@ -1,0 +1,94 @@
+// The laws of Band: exact tiles, the right mask, and a transpose that is one.
+#include "fastattn/schedule/band.hpp"
+
+#include <algorithm>
+#include <string>
+#include <vector>
+
+#include "check.hpp"
+
+using namespace fastattn;
+
+namespace {
+
+std::string describe(const Band& band, TileShape tile = {0, 0}) {
+  return "Band{" + std::to_string(band.num_q) + ", " + std::to_string(band.num_k) + ", " + std::to_string(band.left) +
+         ", " + std::to_string(band.right) + "} in tiles " + std::to_string(tile.q) + " x " + std::to_string(tile.k);
+}
+
+// Windows from empty to unbounded, none of them a multiple of a tile.
+std::vector<std::pair<int, int>> windows(int num_q, int num_k) {
+  const int unbounded = num_q + num_k;
+  return {{unbounded, unbounded}, {unbounded, 0}, {0, unbounded}, {0, 0}, {1, 2}, {7, 0}, {130, 61}, {0, 129}};
+}
+
+const Test every_kept_score_once("band: each kept score is in one tile, and full tiles are full", [] {
+  const auto sweep = [](TileShape tile, const std::vector<int>& lengths) {
+    for (const int num_q : lengths) {
+      for (const int num_k : lengths) {
+        for (const auto& [left, right] : windows(num_q, num_k)) {
+          const Band band{num_q, num_k, left, right};
+          check(is_exact(band, tile), describe(band, tile));
+          check(is_exact(band.transposed(), tile), "transposed " + describe(band, tile));
+        }
+      }
+    }
+  };
+  for (const TileShape tile : {TileShape{1, 1}, {2, 3}, {4, 8}, {8, 4}, {5, 5}, {16, 2}, {2, 16}}) {
+    sweep(tile, {0, 1, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 33});
+  }
+  // The tiles of the kernels: lengths one off their edges.
+  for (const TileShape tile :
+       {TileShape{128, 128}, {192, 128}, {128, 192}, {64, 128}, {128, 64}, {192, 64}, {96, 64}}) {
+    sweep(tile, {0, 1, tile.q - 1, tile.q, tile.q + 1, tile.k - 1, tile.k + 1, 2 * tile.q + 1});
+  }
+});
+
+const Test keeps_the_formula("band: keeps() is the formula, transposed() exchanges its sides", [] {
+  for (const int num_q : {0, 1, 2, 5, 9}) {
+    for (const int num_k : {0, 1, 2, 5, 9}) {
+      for (int left = 0; left <= 10; ++left) {
+        for (int right = 0; right <= 10; ++right) {
+          const Band band{num_q, num_k, left, right};
+          const Band transposed = band.transposed();
+          for (int q = 0; q < num_q; ++q) {
+            std::vector<int> kept;  // what a sliding window of left + 1 + right keys around the query's own place holds
+            const int own = num_k - (num_q - q);
+            for (int k = std::max(own - left, 0); k < std::min(own + right + 1, num_k); ++k) {
+              kept.push_back(k);
+            }
+            for (int k = -1; k < num_k + 2; ++k) {
+              const bool expected = std::find(kept.begin(), kept.end(), k) != kept.end();
+              check(band.keeps(q, k) == expected,
+                    describe(band) + " at " + std::to_string(q) + ", " + std::to_string(k));
+              if (k >= 0) {
+                check(transposed.keeps(k, q) == expected, "transposed " + describe(band));
+              }
+            }
+          }
+          check(!band.keeps(num_q, 0) && !transposed.keeps(num_k, 0), "past the end: " + describe(band));
+        }
+      }
+    }
+  }
+});
+
+const Test visits_no_empty_tile("band: an empty tile is never visited", [] {
+  for (const auto& [left, right] : windows(37, 61)) {
+    const Band band{37, 61, left, right};
+    const TileShape tile{8, 16};
+    for (int q_tile = 0; q_tile * tile.q < band.num_q; ++q_tile) {
+      for_each_tile(band, q_tile, tile, [&](int k_tile, auto) {
+        bool any = false;
+        for (int q = q_tile * tile.q; q < (q_tile + 1) * tile.q; ++q) {
+          for (int k = k_tile * tile.k; k < (k_tile + 1) * tile.k; ++k) {
+            any = any || band.keeps(q, k);
+          }
+        }
+        check(any, describe(band, tile));
+      });
+    }
+  }
+});
+
+}  // namespace

@@ -1,0 +1,142 @@
+// The laws of the softmax policy, on a row of plain floats.
+#include "fastattn/score/softmax.hpp"
+
+#include <algorithm>
+#include <cmath>
+#include <random>
+#include <vector>
+
+#include "check.hpp"
+
+using namespace fastattn;
+
+namespace {
+
+struct PlainRow {
+  float* scores;
+  int count;
+
+  float max() const { return count > 0 ? *std::max_element(scores, scores + count) : -kInfinity; }
+  template <class Function>
+  float apply(Function function) const {
+    float sum = 0.f;
+    for (int i = 0; i < count; ++i) {
+      sum += scores[i] = function(scores[i]);
+    }
+    return sum;
+  }
+};
+static_assert(ScorePolicy<Softmax, PlainRow>);
+
+struct Result {
+  std::vector<float> weights;
+  float lse;
+};
+
+// The weights that the policy gives to `scores` when they come in tiles that end at `ends`.
+Result softmax(const std::vector<float>& scores, const std::vector<int>& ends, float scale) {
+  const Softmax policy{scale * kLog2E};
+  Softmax::State state;
+  std::vector<float> weights = scores;
+  int begin = 0;
+  for (const int end : ends) {
+    const float decay = policy.absorb(state, PlainRow{weights.data() + begin, end - begin});
+    for (int i = 0; i < begin; ++i) {
+      weights[i] *= decay;
+    }
+    begin = end;
+  }
+  const RowResult result = policy.finish(state, Identity{});
+  for (float& weight : weights) {
+    weight *= result.output_scale;
+  }
+  return {weights, result.lse};
+}
+
+void check_near(const Result& a, const Result& b, float lse_shift, const char* what) {
+  for (std::size_t i = 0; i < a.weights.size(); ++i) {
+    check(std::abs(a.weights[i] - b.weights[i]) <= 2e-5f * b.weights[i], what);
+  }
+  check(std::abs(a.lse + lse_shift - b.lse) <= 2e-6f * (1.f + std::abs(b.lse) + std::abs(lse_shift)), what);
+}
+
+std::vector<float> random_scores(std::mt19937& random, int count) {
+  std::normal_distribution<float> normal(0.f, 4.f);
+  std::vector<float> scores(count);
+  for (float& score : scores) {
+    score = random() % 5 == 0 ? -kInfinity : normal(random);
+  }
+  scores[random() % count] = 0.f;  // at least one is kept
+  return scores;
+}
+
+const Test definition("softmax: weights and log-sum-exp are those of the definition", [] {
+  std::mt19937 random(1);
+  for (int round = 0; round < 200; ++round) {
+    const float scale = 0.125f * static_cast<float>(1 + round % 8);
+    const std::vector<float> scores = random_scores(random, 1 + round % 40);
+    double sum = 0.;
+    for (const float score : scores) {
+      sum += std::exp(double{score} * scale);
+    }
+    Result expected{{}, static_cast<float>(std::log(sum))};
+    for (const float score : scores) {
+      expected.weights.push_back(static_cast<float>(std::exp(double{score} * scale) / sum));
+    }
+    check_near(softmax(scores, {static_cast<int>(scores.size())}, scale), expected, 0.f, "definition");
+  }
+});
+
+const Test splits("softmax: splitting a row in any way gives the same", [] {
+  std::mt19937 random(2);
+  for (int round = 0; round < 500; ++round) {
+    const int count = 1 + static_cast<int>(random() % 50);
+    const std::vector<float> scores = random_scores(random, count);
+    std::vector<int> ends{count};
+    for (int cut = static_cast<int>(random() % 6); cut > 0; --cut) {
+      ends.push_back(static_cast<int>(random() % (count + 1)));  // empty tiles as well
+    }
+    std::sort(ends.begin(), ends.end());
+    check_near(softmax(scores, ends, 0.5f), softmax(scores, {count}, 0.5f), 0.f, "split");
+  }
+});
+
+const Test shift("softmax: a constant added to all scores adds to the log-sum-exp alone", [] {
+  std::mt19937 random(3);
+  for (int round = 0; round < 200; ++round) {
+    std::vector<float> scores = random_scores(random, 30);
+    for (float& score : scores) {
+      score = std::round(score * 16.f) / 16.f;  // so that the shift is exact
+    }
+    const float shift = static_cast<float>(static_cast<int>(random() % 256) - 128);
+    std::vector<float> shifted = scores;
+    for (float& score : shifted) {
+      score += shift;
+    }
+    check_near(softmax(scores, {10, 30}, 0.5f), softmax(shifted, {10, 30}, 0.5f), 0.5f * shift, "shift");
+  }
+});
+
+const Test empty("softmax: a row that keeps nothing gives scale 0 and log-sum-exp -inf", [] {
+  const Softmax policy{kLog2E};
+  Softmax::State state;
+  check(policy.finish(state, Identity{}).output_scale == 0.f, "no tile");
+  std::vector<float> scores(8, -kInfinity);
+  policy.absorb(state, PlainRow{scores.data(), 4});
+  policy.absorb(state, PlainRow{scores.data() + 4, 4});
+  const RowResult result = policy.finish(state, Identity{});
+  check(result.output_scale == 0.f && result.lse == -kInfinity, "all masked");
+  check(std::all_of(scores.begin(), scores.end(), [](float w) { return w == 0.f; }), "weights are exactly 0");
+  check(policy.weight(3.f, kInfinity) == 0.f && policy.weight(-kInfinity, kInfinity) == 0.f, "backward weight is 0");
+});
+
+const Test late("softmax: what comes after masked tiles counts in full", [] {
+  const Softmax policy{kLog2E};
+  Softmax::State state;
+  std::vector<float> scores{-kInfinity, -kInfinity, 1.f, 2.f};
+  policy.absorb(state, PlainRow{scores.data(), 2});
+  policy.absorb(state, PlainRow{scores.data() + 2, 2});
+  check(std::abs(policy.finish(state, Identity{}).lse - 2.3132617f) < 1e-6f, "lse of {1, 2}");
+});
+
+}  // namespace
