@@ -50,17 +50,13 @@ bench: export FASTATTN_BENCH = ON
 bench: install
 	$(py) -m bench $(BENCH_ARGS)
 
-# What only a GPU can prove: the tests marked gpu, the sanitizer, the records.
+# What only a GPU can prove: the tests marked gpu, the sanitizer, the records. STEPS chooses among them.
 gpu-check: export FASTATTN_CUDA = on
 gpu-check: export FASTATTN_TESTS = ON
 gpu-check: export FASTATTN_BENCH = ON
 gpu-check: extra = test
 gpu-check: install
-	PYTHONPATH=build $(py) -m pytest -m gpu $(PYTEST_ARGS)
-	for tool in memcheck racecheck; do for mode in fwd bwd; do for dim in 64 128; do \
-	  compute-sanitizer --tool $$tool --error-exitcode 1 build/fastattn_bench --device cuda --seconds 0 --check \
-	    --mode $$mode --case b1_s200x333_h4_kv2_d$${dim}_causal || exit 1; done; done; done
-	$(py) -m bench $(BENCH_ARGS)
+	PYTHON=$(py) tools/gpu_check.sh $(STEPS)
 
 install: build
 ifneq ($(VENV),)

@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from torch import Tensor
 
+from fastattn.info import best_device, gpu_obstacle
 from fastattn.measure import Float64Sample, interleaved_times
 
 from . import records
@@ -118,13 +119,13 @@ def main(
     modes: Annotated[str, typer.Option(help=f"Comma-separated, of {', '.join(MODES)}.")] = "fwd,bwd",
     dtypes: Annotated[str, typer.Option(help="Comma-separated; bf16 on a GPU and fp32,bf16 on a CPU by default.")] = "",
     peers: Annotated[str, typer.Option(help="Comma-separated; all that can be imported by default.")] = "",
-    device: Annotated[str, typer.Option(help="cpu or cuda; cuda by default where there is one.")] = "",
+    device: Annotated[str, typer.Option(help="cpu or cuda; by default the GPU where its kernels run.")] = "",
     seconds: Annotated[float, typer.Option(help="Time spent on timing each case in each mode.")] = 2,
     output: Annotated[Path, typer.Option(help="Folder of the records.")] = records.RESULTS,
     show: Annotated[bool, typer.Option("--list", help="Print the names of the cases and stop.")] = False,
 ) -> None:
     """Measure fastattn.attention and its peers on the same inputs, in turns."""
-    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    where = chosen_device(device)
     on_gpu = where.type == "cuda"
     chosen = chosen_cases(cases, case or [], GPU_CASES if on_gpu else CPU_CASES)
     if show:
@@ -158,6 +159,13 @@ def main(
         console.print(f"{name} did not run {m.case.name} {m.mode} {m.dtype}: {text}", style="yellow", markup=False)
     if any(name == OURS or name in peers.split(",") for _, name, _ in troubles):
         raise typer.Exit(1)
+
+
+def chosen_device(name: str) -> torch.device:
+    pick("--device", name or "cpu", ("cpu", "cuda"))
+    if name == "cuda" and (obstacle := gpu_obstacle()):
+        raise typer.BadParameter(obstacle, param_hint="--device")
+    return torch.device(name) if name else best_device()
 
 
 def chosen_cases(pattern: str, names: list[str], listed: tuple[Case, ...]) -> list[Case]:

@@ -1,0 +1,79 @@
+#!/usr/bin/env bash
+# What only a GPU can prove, on a machine that needs no network.
+#   tools/gpu_check.sh [tests] [sanitizer] [bench] [records] [ncu]     without arguments: all but ncu
+# Logs, records and a summary go to $OUT (gpu-check). Exit status 1 if any step failed.
+#   PYTHON      has torch, pytest and fastattn                       (python3)
+#   BENCH       fastattn_bench, built with CUDA                      (build/fastattn_bench)
+#   BENCH_ARGS  more arguments for `python -m bench`, for example --peers fa4,cudnn
+# Where there is no git, set FASTATTN_COMMIT: the records name the commit.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+
+python=${PYTHON:-python3}
+program=${BENCH:-build/fastattn_bench}
+out=${OUT:-gpu-check}
+mkdir -p "$out"
+export PATH=$PATH:/usr/local/cuda/bin
+export PYTHONPATH=build${PYTHONPATH:+:$PYTHONPATH} # the C++ core as the tests see it
+summary=$out/summary.txt
+: > "$summary"
+
+# run NAME COMMAND...: its output in NAME.log, its exit status in the summary
+run() {
+  local name=$1 start=$SECONDS status=0
+  shift
+  "$@" > "$out/$name.log" 2>&1 || status=$?
+  printf '%-28s exit %-3d %5d s   %s\n' "$name" "$status" $((SECONDS - start)) \
+    "$(grep -v '^$' "$out/$name.log" | tail -n 1 | cut -c1-80)" | tee -a "$summary"
+}
+
+tests() {
+  run tests "$python" -m pytest -m gpu -p no:cacheprovider
+}
+
+# Small problems with ragged tiles: racecheck is slow, and errors sit at the edges.
+sanitizer() {
+  local tool mode dim
+  for tool in memcheck racecheck; do
+    for mode in fwd bwd; do
+      for dim in 64 128; do
+        run "$tool.$mode.d$dim" compute-sanitizer --tool "$tool" --error-exitcode 9 \
+          "$program" --device cuda --seconds 0 --check --mode "$mode" --case "b1_s130_h2_d$dim" \
+          --case "b1_s200x333_h4_kv2_d${dim}_causal" --case "b1_s257_h2_d${dim}_window100"
+      done
+    done
+  done
+}
+
+bench() {
+  local mode
+  for mode in fwd bwd; do
+    run "fastattn_bench.$mode" "$program" --device cuda --check --mode "$mode" --json "$out/fastattn_bench.$mode.json"
+  done
+}
+
+records() {
+  # shellcheck disable=SC2086  # BENCH_ARGS is a list of words
+  run records "$python" -m bench --device cuda --output "$out/results" ${BENCH_ARGS:-}
+}
+
+ncu() {
+  local mode
+  for mode in fwd bwd; do
+    run "ncu.$mode" command ncu --set full --clock-control none --kernel-name regex:attention --launch-count 4 \
+      --force-overwrite --export "$out/attention.$mode" \
+      "$program" --device cuda --seconds 0 --mode "$mode" --case b1_s16384_h16_d128_causal
+  done
+}
+
+[[ $# -gt 0 ]] || set -- tests sanitizer bench records
+for step in "$@"; do
+  case $step in
+    tests | sanitizer | bench | records | ncu) "$step" ;;
+    *)
+      echo "gpu_check.sh: step '$step'; allowed: tests, sanitizer, bench, records, ncu" >&2
+      exit 2
+      ;;
+  esac
+done
+! grep -q 'exit [^0]' "$summary"
