@@ -281,6 +281,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastattn, CUDA, m) {
 }  // namespace fastattn
 
 // What Python asks of the build, through ctypes.
-#define FASTATTN_EXPORT extern "C" __attribute__((visibility("default")))
-FASTATTN_EXPORT const char* fastattn_cpu_instruction_set() { return fastattn::cpu_instruction_set(); }
-FASTATTN_EXPORT bool fastattn_built_with_cuda() { return fastattn::built_with_cuda(); }
+extern "C" [[gnu::visibility("default")]] const char* fastattn_cpu_instruction_set() {
+  return fastattn::cpu_instruction_set();
+}
+extern "C" [[gnu::visibility("default")]] bool fastattn_built_with_cuda() { return fastattn::built_with_cuda(); }

@@ -12,8 +12,8 @@ def load() -> None:
     """Hand the library's kernels to torch's dispatcher."""
     if not path.exists():
         raise ImportError(
-            f"fastattn's op library is missing: there is no {path}. Install the package (`pip install .`); a source tree "
-            "on PYTHONPATH holds no compiled library."
+            f"fastattn's op library is missing: there is no {path}. Install the package (`pip install .`); a source "
+            "tree on PYTHONPATH holds no compiled library."
         )
     torch.ops.load_library(str(path))
 

@@ -44,6 +44,7 @@ def register(op: Op) -> None:
         name, op.backward or _refuse_gradient(op.name), setup_context=op.setup_context, lib=_library
     )
     packet = getattr(getattr(torch.ops, NAMESPACE), op.name)
+    torch.library.register_vmap(name, _merge_into_batch(packet), lib=_library)
     register_flop_formula(packet)(op.flops)
     if op.autocast:
         for device, key in _AUTOCAST_KEYS.items():
@@ -59,6 +60,24 @@ def _refuse_gradient(name: str) -> Callable[..., Any]:
         )
 
     return backward
+
+
+def _merge_into_batch(packet: Any) -> Callable[..., Any]:
+    """vmap: every tensor of an op has its batch in front, so the new dimension becomes a part of that."""
+
+    def rule(info: Any, in_dims: tuple[int | None, ...], *tensors: Any, **options: Any) -> Any:
+        size = info.batch_size
+
+        def merged(tensor: Any, dim: int | None) -> Any:
+            if tensor is None:
+                return None
+            batched = tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+            return batched.flatten(0, 1)
+
+        results = packet(*(merged(tensor, dim) for tensor, dim in zip(tensors, in_dims, strict=True)), **options)
+        return tuple(r.unflatten(0, (size, r.shape[0] // size)) for r in results), (0,) * len(results)
+
+    return rule
 
 
 def _autocast(overload: Any, device: str) -> Callable[..., Any]:

@@ -70,8 +70,8 @@ def attention(
         return_lse: return the log-sum-exp of each row as well.
 
     Returns:
-        The output, ``[batch, seq_q, heads, head_dim]``, contiguous, in ``q``'s dtype; with ``return_lse`` the pair of it
-        and the natural log-sum-exp of the scaled, masked scores, float32 ``[batch, heads, seq_q]``. Both are
+        The output, ``[batch, seq_q, heads, head_dim]``, contiguous, in the dtype of ``q``; with ``return_lse`` that and
+        the natural log-sum-exp of the scaled, masked scores, float32 ``[batch, heads, seq_q]``. Both are
         differentiable; second derivatives are not available.
 
     Raises:

@@ -1,0 +1,108 @@
+"""The problems the tests run, and what is expected of a result."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastattn import reference
+
+MAX_HEAD_DIM = {"cpu": 256, "cuda": 128}
+
+
+@dataclass(frozen=True)
+class Case:
+    seq_q: int
+    seq_k: int
+    batch: int = 2
+    heads: int = 4
+    kv_heads: int = 4
+    head_dim: int = 64
+    causal: bool = False
+    window: tuple[int, int] | None = None
+    scale: float | None = None
+
+    def __str__(self) -> str:
+        name = f"b{self.batch}-s{self.seq_q}x{self.seq_k}-h{self.heads}x{self.kv_heads}-d{self.head_dim}"
+        name += "-causal" if self.causal else ""
+        name += "-window{}_{}".format(*self.window) if self.window else ""
+        return name + (f"-scale{self.scale}" if self.scale else "")
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {"causal": self.causal, "window": self.window, "scale": self.scale}
+
+    def inputs(self, device: str, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        def normal(seq: int, heads: int) -> Tensor:
+            return torch.randn(self.batch, seq, heads, self.head_dim, device=device).to(dtype)
+
+        return normal(self.seq_q, self.heads), normal(self.seq_k, self.kv_heads), normal(self.seq_k, self.kv_heads)
+
+    def cotangents(self, device: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Gradients of the output and of the LSE, of unit variance."""
+        out = torch.randn(self.batch, self.seq_q, self.heads, self.head_dim, device=device).to(dtype)
+        return out, torch.randn(self.batch, self.heads, self.seq_q, device=device)
+
+
+# Lengths on both sides of the tile edges in use (queries 64, 128, 192; keys 64, 128) and far from them.
+EDGES = [1, 63, 64, 65, 127, 128, 129, 191, 192, 193, 257]
+
+CASES = [
+    *(Case(length, length, batch=1, heads=2, kv_heads=2, causal=length % 2 == 1) for length in EDGES),
+    *(
+        Case(130, 130, batch=1, heads=2, kv_heads=1, head_dim=d)
+        for d in (8, 16, 24, 40, 64, 72, 96, 128, 136, 192, 256)
+    ),
+    Case(150, 150, heads=8, kv_heads=2),
+    Case(150, 150, heads=6, kv_heads=1, causal=True),
+    Case(1, 300, causal=True),
+    Case(100, 260, causal=True),
+    Case(260, 100, causal=True),  # the first 160 queries see nothing
+    Case(100, 260),
+    Case(260, 100),
+    Case(200, 200, window=(17, 5)),
+    Case(200, 200, window=(0, 0)),
+    Case(200, 200, window=(64, -1)),
+    Case(200, 200, window=(-1, 30)),
+    Case(300, 300, window=(40, 7), causal=True),
+    Case(90, 300, window=(70, 0)),
+    Case(300, 90, window=(10, 10), kv_heads=2),  # queries before and after the keys see nothing
+    Case(257, 384, head_dim=128, kv_heads=2, causal=True),
+    Case(384, 257, head_dim=128, kv_heads=2, window=(100, 20)),
+    Case(70, 90, scale=0.02),
+    Case(70, 90, scale=1.5, causal=True),
+]
+
+
+def relative_error(result: Tensor, expected: Tensor) -> float:
+    """‖result − expected‖ / ‖expected‖, where entries that are not finite must agree exactly."""
+    assert result.shape == expected.shape
+    result = result.double()
+    expected = expected.double()
+    finite = expected.isfinite()
+    assert torch.equal(result.isfinite(), finite)
+    assert torch.equal(result[~finite], expected[~finite])
+    difference = (result[finite] - expected[finite]).norm().item()
+    norm = expected[finite].norm().item()
+    return difference / norm if norm > 0 else (math.inf if difference > 0 else 0.0)
+
+
+def run(function: Any, inputs: tuple[Tensor, ...], cotangents: tuple[Tensor, Tensor]) -> list[Tensor]:
+    """[out, lse, dq, dk, dv] of an attention function that returns (out, lse)."""
+    inputs = tuple(tensor.detach().requires_grad_() for tensor in inputs)
+    out, lse = function(*inputs)
+    cotangents = tuple(c.to(r.dtype) for c, r in zip(cotangents, (out, lse), strict=True))
+    return [out.detach(), lse.detach(), *torch.autograd.grad((out, lse), inputs, cotangents)]
+
+
+def expected(case: Case, inputs: tuple[Tensor, ...], cotangents: tuple[Tensor, Tensor]) -> list[Tensor]:
+    """The same in float64."""
+    doubles = tuple(tensor.double() for tensor in inputs)
+    return run(lambda q, k, v: reference.attention(q, k, v, **case.options), doubles, cotangents)
+
+
+def plain(case: Case, inputs: tuple[Tensor, ...], cotangents: tuple[Tensor, Tensor]) -> list[Tensor]:
+    """The same by the plain formula in the precision of the inputs."""
+    return run(lambda q, k, v: reference.attention(q, k, v, **case.options), inputs, cotangents)

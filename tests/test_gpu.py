@@ -1,0 +1,104 @@
+"""What only a GPU shows: graphs, streams, sizes past 2³¹."""
+
+import pytest
+import torch
+
+import fastattn
+from cases import Case, run
+
+pytestmark = pytest.mark.gpu
+
+CASE = Case(500, 700, heads=8, kv_heads=2, causal=True)
+
+
+def attention(*tensors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return fastattn.attention(*tensors, causal=True, return_lse=True)
+
+
+def test_graph_capture_and_replay() -> None:
+    inputs, cotangents = CASE.inputs("cuda", torch.bfloat16), CASE.cotangents("cuda", torch.bfloat16)
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        run(attention, inputs, cotangents)
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = run(attention, inputs, cotangents)
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        fresh = CASE.inputs("cuda", torch.bfloat16)
+        for tensor, new in zip(inputs, fresh, strict=True):
+            tensor.copy_(new)
+        graph.replay()
+        torch.cuda.synchronize()
+        expected = run(attention, fresh, cotangents)
+        for result, truth in zip(results[:2], expected[:2], strict=True):
+            assert torch.equal(result, truth)
+        for result, truth in zip(results[2:], expected[2:], strict=True):
+            torch.testing.assert_close(result, truth)
+
+
+def test_side_stream_is_honoured() -> None:
+    """The op waits for what its stream holds: here a slow producer of q."""
+    q, k, v = CASE.inputs("cuda", torch.bfloat16)
+    expected, _ = attention(q, k, v)
+    late = torch.zeros_like(q)
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(200_000_000)
+        late.copy_(q)
+        out, _ = attention(late, k, v)
+    stream.synchronize()
+    assert torch.equal(out, expected)
+
+
+def test_no_synchronisation() -> None:
+    inputs, cotangents = CASE.inputs("cuda", torch.bfloat16), CASE.cotangents("cuda", torch.bfloat16)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run(attention, inputs, cotangents)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("far", ["batch", "seq"])
+def test_offsets_past_32_bits(far: str) -> None:
+    """Tensors whose last element lies more than 2³¹ elements after their first."""
+    if torch.cuda.mem_get_info()[0] < 24 << 30:
+        pytest.skip("needs 24 GiB of free GPU memory")
+    if far == "batch":
+        buffer = torch.empty(2, (1 << 31) + 64 * 1024, device="cuda", dtype=torch.bfloat16)
+        q, k, v = (buffer.as_strided((2, 256, 2, 64), (buffer.stride(0), 128, 64, 1), i * 32768) for i in range(3))
+    else:
+        buffer = torch.empty(3, 256, 1 << 24, device="cuda", dtype=torch.bfloat16)
+        q, k, v = (buffer[i, :, :128].unflatten(-1, (2, 64))[None] for i in range(3))
+    for tensor in (q, k, v):
+        tensor.normal_()
+    cotangents = Case(256, 256, batch=q.shape[0], heads=2).cotangents("cuda", torch.bfloat16)
+    results = run(attention, (q, k, v), cotangents)
+    expected = run(attention, tuple(x.contiguous() for x in (q, k, v)), cotangents)
+    for result, truth in zip(results, expected, strict=True):
+        torch.testing.assert_close(result, truth)
+
+
+def test_contiguous_tensors_past_32_bits() -> None:
+    """2³¹ + elements in q and out: the last rows against the same rows alone."""
+    if torch.cuda.mem_get_info()[0] < 20 << 30:
+        pytest.skip("needs 20 GiB of free GPU memory")
+    heads, seq = 16, (1 << 21) + 200
+    q = torch.randn(1, seq, heads, 64, device="cuda", dtype=torch.bfloat16)
+    k, v = (torch.randn(1, 300, heads, 64, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    assert q.numel() > 1 << 31
+    out = fastattn.attention(q, k, v)
+    assert torch.equal(out[:, -200:], fastattn.attention(q[:, -200:], k, v))
+
+
+def test_second_device_follows_its_tensors() -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    inputs = CASE.inputs("cuda:1", torch.bfloat16)
+    out, _ = attention(*inputs)
+    assert out.device.index == 1
+    assert torch.cuda.current_device() == 0
+    torch.testing.assert_close(out.cpu(), attention(*(x.to("cuda:0") for x in inputs))[0].cpu())
