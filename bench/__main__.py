@@ -1,5 +1,6 @@
 """python -m bench: fastattn and its peers on the same inputs, in turns; a table, and records in bench/results."""
 
+import os
 import re
 import sys
 from collections.abc import Callable, Mapping
@@ -136,6 +137,8 @@ def main(
     contestants = {OURS: ours, **chosen_peers(peers, GPU_PEERS if on_gpu else CPU_PEERS, console)}
     chosen_modes = pick("--modes", modes, MODES)
     chosen_dtypes = pick("--dtypes", dtypes or ("bf16" if on_gpu else "fp32,bf16"), DTYPES)
+    if not on_gpu and (load := os.getloadavg()[0]) > 0.5:
+        console.print(f"This machine is busy (load {load:.1f}): times will vary, ratios less so", style="yellow")
     commit, machine = records.commit(), records.machine(where)
     path = output / f"attention.{records.slug(machine)}.json"
     console.print(f"{machine.get('gpu') or machine['cpu']}: matrix products at {machine['gemm_tflops']:.4g} TFLOP/s")
