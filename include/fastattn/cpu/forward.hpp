@@ -78,12 +78,17 @@ void forward(const ForwardTensors& x, const ScheduleOf& schedule_of, const Score
     for (int i = 0; i < kForwardTile.q * width; ++i) {
       out[i] = 0.f;
     }
+    const auto k_tokens = tokens_of<const Element>(x.k, b, h / group);
+    const auto v_tokens = tokens_of<const Element>(x.v, b, h / group);
     for_each_tile(schedule, q_tile, kForwardTile, [&](int k_tile, auto coverage) {
       const int k_first = k_tile * kForwardTile.k, count = min_of(kForwardTile.k, num_k - k_first),
                 columns = round_up<Isa>(count);
       const Panels<Isa> k{keys, dim, columns}, v{values, count, width};
-      pack_columns(k, tokens_of<const Element>(x.k, b, h / group), k_first, count);
-      pack_rows(v, tokens_of<const Element>(x.v, b, h / group), k_first, count, dim);
+      pack_columns(k, k_tokens, k_first, count);
+      pack_rows(v, v_tokens, k_first, count, dim);
+      const int next = k_first + count, next_count = min_of(kForwardTile.k, num_k - next);  // most likely
+      prefetch<Isa>(k_tokens, next, next_count, dim);
+      prefetch<Isa>(v_tokens, next, next_count, dim);
 
       multiply<Isa, Update::kOverwrite>(q, width, k, scores, kForwardTile.k, rows);
       for (int row = 0; row < rows; ++row) {

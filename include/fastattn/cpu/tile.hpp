@@ -50,12 +50,25 @@ struct Panels {
 
   int columns_at(int column) const { return min_of(kColumns, columns - column); }
   float* panel(int column) const { return data + column * depth; }  // column: a multiple of kColumns
+  int stride_at(int column) const { return columns_at(column - column % kColumns); }
   // The register that holds (row, column), for a column that is a multiple of the register's width.
   float* at(int row, int column) const {
-    const int inside = column % kColumns, first = column - inside;
-    return panel(first) + row * columns_at(first) + inside;
+    const int inside = column % kColumns;
+    return panel(column - inside) + row * stride_at(column) + inside;
   }
 };
+
+// Brings tokens[first, first + count) towards the core while something else is computed: a tile's rows are too far
+// apart for the hardware to see them coming.
+template <class Isa, class Element>
+void prefetch(Tokens<Element> tokens, int first, int count, int dim) {
+  constexpr int kLine = 64 / sizeof(Element);
+  for (int row = first; row < first + count; ++row) {
+    for (int d = 0; d < dim; d += kLine) {
+      _mm_prefetch(reinterpret_cast<const char*>(tokens[row] + d), _MM_HINT_T1);
+    }
+  }
+}
 
 // tokens[first, first + count) as the rows of a row-major tile of width `dim`.
 template <class Isa, class Element>
@@ -87,13 +100,25 @@ void pack_columns(Panels<Isa> b, Tokens<Element> tokens, int first, int count) {
   for (int column = 0; column < b.columns; column += kWidth) {
     for (int d = 0; d < b.depth; d += kWidth) {
       Vector<Isa> block[kWidth];
-      for (int i = 0; i < kWidth; ++i) {
-        const int token = column + i;
-        block[i] = token < count ? load_some<Isa>(tokens[first + token] + d, b.depth - d) : Vector<Isa>(0.f);
+      if (column + kWidth <= count && d + kWidth <= b.depth) {
+#pragma GCC unroll 16
+        for (int i = 0; i < kWidth; ++i) {
+          block[i] = Vector<Isa>::load(tokens[first + column + i] + d);
+        }
+      } else {
+        for (int i = 0; i < kWidth; ++i) {
+          const int token = column + i;
+          block[i] = token < count ? load_some<Isa>(tokens[first + token] + d, b.depth - d) : Vector<Isa>(0.f);
+        }
       }
       transpose(block);
-      for (int i = 0; i < min_of(kWidth, b.depth - d); ++i) {
-        block[i].store(b.at(d + i, column));
+      float* const to = b.at(d, column);
+      const int stride = b.stride_at(column);
+#pragma GCC unroll 16
+      for (int i = 0; i < kWidth; ++i) {
+        if (d + i < b.depth) {
+          block[i].store(to + i * stride);
+        }
       }
     }
   }

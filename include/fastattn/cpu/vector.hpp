@@ -77,16 +77,19 @@ struct Vector<Avx2> {
   // rows[i][j] becomes rows[j][i].
   friend void transpose(Vector (&rows)[8]) {
     __m256 pairs[8], quads[8];
+#pragma GCC unroll 4
     for (int i = 0; i < 8; i += 2) {
       pairs[i] = _mm256_unpacklo_ps(rows[i].lanes, rows[i + 1].lanes);
       pairs[i + 1] = _mm256_unpackhi_ps(rows[i].lanes, rows[i + 1].lanes);
     }
+#pragma GCC unroll 2
     for (int i = 0; i < 8; i += 4) {
       quads[i] = _mm256_shuffle_ps(pairs[i], pairs[i + 2], 0x44);
       quads[i + 1] = _mm256_shuffle_ps(pairs[i], pairs[i + 2], 0xee);
       quads[i + 2] = _mm256_shuffle_ps(pairs[i + 1], pairs[i + 3], 0x44);
       quads[i + 3] = _mm256_shuffle_ps(pairs[i + 1], pairs[i + 3], 0xee);
     }
+#pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) {
       rows[i] = _mm256_permute2f128_ps(quads[i], quads[i + 4], 0x20);
       rows[i + 4] = _mm256_permute2f128_ps(quads[i], quads[i + 4], 0x31);
@@ -135,16 +138,19 @@ struct Vector<Avx512> {
   // rows[i][j] becomes rows[j][i]: 4 × 4 blocks within the 128-bit lanes, then the blocks themselves.
   friend void transpose(Vector (&rows)[16]) {
     __m512 pairs[16], quads[16];
+#pragma GCC unroll 8
     for (int i = 0; i < 16; i += 2) {
       pairs[i] = _mm512_unpacklo_ps(rows[i].lanes, rows[i + 1].lanes);
       pairs[i + 1] = _mm512_unpackhi_ps(rows[i].lanes, rows[i + 1].lanes);
     }
+#pragma GCC unroll 4
     for (int i = 0; i < 16; i += 4) {
       quads[i] = _mm512_shuffle_ps(pairs[i], pairs[i + 2], 0x44);
       quads[i + 1] = _mm512_shuffle_ps(pairs[i], pairs[i + 2], 0xee);
       quads[i + 2] = _mm512_shuffle_ps(pairs[i + 1], pairs[i + 3], 0x44);
       quads[i + 3] = _mm512_shuffle_ps(pairs[i + 1], pairs[i + 3], 0xee);
     }
+#pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) {
       const __m512 even_low = _mm512_shuffle_f32x4(quads[i], quads[i + 4], 0x88);
       const __m512 odd_low = _mm512_shuffle_f32x4(quads[i], quads[i + 4], 0xdd);
