@@ -151,6 +151,7 @@ struct Cpu {
 };
 
 Stream current_cuda_stream(std::int32_t device) {
+  require(built_with_cuda(), "fastattn is built without CUDA; pass CPU tensors");
   auto* get_stream = &aoti_torch_get_current_cuda_stream;
   if (get_stream == nullptr) {  // a torch that loads libtorch_cuda apart from libtorch
     if (void* library = dlopen("libtorch_cuda.so", RTLD_NOLOAD | RTLD_LAZY)) {
@@ -165,9 +166,7 @@ Stream current_cuda_stream(std::int32_t device) {
 }
 
 struct Cuda {
-  explicit Cuda(const Tensor& q)
-      : device((require(built_with_cuda(), "fastattn is built without CUDA; pass CPU tensors"), q.get_device_index())),
-        executor(current_cuda_stream(q.get_device_index())) {}
+  explicit Cuda(const Tensor& q) : executor(current_cuda_stream(q.get_device_index())), device(q.get_device_index()) {}
 
   // TMA reads 16-byte units. Other layouts are copied once.
   static bool addresses(const Tensor& tensor) {
@@ -180,8 +179,8 @@ struct Cuda {
     return aligned;
   }
 
-  torch::stable::accelerator::DeviceGuard device;
   Stream executor;
+  torch::stable::accelerator::DeviceGuard device;
 };
 
 // attention
