@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import fastattn
-from cases import Case, run
+from cases import Case, assert_same, run
 
 CASE = Case(150, 150, heads=4, kv_heads=4, causal=True)
 
@@ -74,9 +74,8 @@ def test_strided_views(maker: Maker, place) -> None:
 
     results = run(attention, views, cotangents)
     contiguous = run(attention, tuple(view.contiguous() for view in views), cotangents)
-    for result, expected in zip(results, contiguous, strict=True):
-        assert result.is_contiguous()
-        assert torch.equal(result, expected)
+    assert all(result.is_contiguous() for result in results)
+    assert_same(results, contiguous)
 
 
 @pytest.mark.parametrize("layout", ["expanded", "transposed", "sliced"])
@@ -96,7 +95,7 @@ def test_output_gradients_of_any_layout(layout: str, place) -> None:
 
     results = run(attention, inputs, (dout, dlse))
     expected = run(attention, inputs, (dout.contiguous(), dlse.contiguous()))
-    assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
+    assert_same(results, expected)
 
 
 @pytest.mark.parametrize("head_dim", [40, 64, 128])
@@ -119,7 +118,7 @@ def test_nothing_around_a_tensor_is_read(head_dim: int, options: dict, place) ->
 
     results = run(attention, tuple(in_nan(tensor) for tensor in clean), (in_nan(cotangents[0]), cotangents[1]))
     expected = run(attention, clean, cotangents)
-    assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
+    assert_same(results, expected)
 
 
 def test_size_one_dimensions_may_have_any_stride(place) -> None:

@@ -5,7 +5,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastattn
-from cases import Case, relative_error, run
+from cases import Case, assert_same, relative_error, run
 from fastattn import reference
 
 OPTIONS = [{}, {"causal": True}, {"causal": True, "window": [9, 4], "scale": 0.3}]
@@ -39,7 +39,7 @@ def test_op_called_directly_is_differentiable(device, dtype) -> None:
     inputs, cotangents = CASE.inputs(device, dtype), CASE.cotangents(device, dtype)
     direct = run(lambda *x: torch.ops.fastattn.attention(*x, causal=True), inputs, cotangents)
     public = run(lambda *x: fastattn.attention(*x, causal=True, return_lse=True), inputs, cotangents)
-    assert all(torch.equal(a, b) for a, b in zip(direct, public, strict=True))
+    assert_same(direct, public)
 
 
 def test_double_backward_is_refused(device, dtype) -> None:
