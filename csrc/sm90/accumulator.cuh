@@ -9,9 +9,6 @@
 
 namespace fastattn::sm90 {
 
-inline constexpr int kWarpgroupThreads = 128;
-inline constexpr int kWarpgroupRows = 64;
-
 // Thread t of a warpgroup holds rows row(0) = 16 · warp + lane / 4 and row(1) = row(0) + 8; register 4 · j + 2 · h + e
 // is column 8 · j + 2 · (lane % 4) + e of row(h).
 struct AccumulatorThread {

@@ -55,7 +55,7 @@ struct BackwardKernel {
   static constexpr int kPiece = 64;  // dQ is computed in 64 × 64 pieces, one per warpgroup
   static constexpr int kRowPieces = kTile.q / kPiece;
   static_assert(kTile.k == kWarpgroups * kWarpgroupRows);
-  static_assert(kRowPieces * (kHeadDim / kPiece) == kWarpgroups);
+  static_assert(kRowPieces * (kHeadDim / kPiece) == kWarpgroups && kStages >= 2);
 
   using Element = typename Variant::Element;
   using Score = typename Variant::Score;
@@ -68,10 +68,11 @@ struct BackwardKernel {
   struct Shared {
     KeyTile k, v;  // at the end: dK, dV
     QueryTile q[kStages], dout[kStages];
-    ScoreTile dscores[2];  // double-buffered: one barrier an iteration separates writers from readers
+    ScoreTile dscores[kStages];  // at least two: one barrier an iteration separates writers from readers
     float lse2[kStages][kTile.q], delta[kStages][kTile.q];
     Barrier kv_full;
-    Ring<kStages> q_ring, dout_ring;  // with lse2 and delta
+    AnnouncingRing<kStages> q_ring;  // with lse2
+    Ring<kStages> dout_ring;         // with delta
   };
 
   struct Work {
@@ -110,33 +111,38 @@ struct BackwardKernel {
     }
   }
 
-  // body(head, q_tile, coverage) for every query tile of every query head that sees this block's keys.
-  template <class Body>
-  static __device__ void for_each_query_tile(const Params& params, Work work, Body&& body) {
-    const auto transposed = params.schedule.transposed();
-    for (int i = 0; i < params.heads_per_kv_head; ++i) {
-      const int head = work.kv_head * params.heads_per_kv_head + i;
-      for_each_tile(transposed, work.k_tile, kTransposed,
-                    [&](int q_tile, auto coverage) { body(head, q_tile, coverage); });
-    }
-  }
-
   static __device__ void produce(const Params& params, Shared& shared, Work work) {
     shared.kv_full.arrive_and_expect_tx(2 * KeyTile::kBytes);
     params.k.load(shared.k, {work.k_tile * kTile.k, work.kv_head, work.batch}, shared.kv_full);
     params.v.load(shared.v, {work.k_tile * kTile.k, work.kv_head, work.batch}, shared.kv_full);
     constexpr int kRowBytes = kTile.q * sizeof(float);
+    const auto transposed = params.schedule.transposed();
     Position at;
-    for_each_query_tile(params, work, [&](int head, int q_tile, auto) {
-      const std::int64_t row = ((std::int64_t{work.batch} * params.heads + head) * params.q_tiles + q_tile) * kTile.q;
-      Barrier& q_full = shared.q_ring.begin_fill(at, QueryTile::kBytes + kRowBytes);
-      params.q.load(shared.q[at.stage], {q_tile * kTile.q, head, work.batch}, q_full);
-      load_bytes(shared.lse2[at.stage], params.workspace.lse2 + row, kRowBytes, q_full);
-      Barrier& dout_full = shared.dout_ring.begin_fill(at, QueryTile::kBytes + kRowBytes);
-      params.dout.load(shared.dout[at.stage], {q_tile * kTile.q, head, work.batch}, dout_full);
-      load_bytes(shared.delta[at.stage], params.workspace.delta + row, kRowBytes, dout_full);
-      at.advance();
-    });
+    announce(
+        [&](auto&& report) {
+          for (int i = 0; i < params.heads_per_kv_head; ++i) {
+            auto cursor = transposed.runs(work.k_tile, kTransposed);
+            for (TileRun run; cursor.next(run);) {
+              report(work.kv_head * params.heads_per_kv_head + i, run);
+            }
+          }
+        },
+        [&](Announcement run) {
+          if (run.count == 0) {
+            shared.q_ring.begin_fill(at, 0, run);
+          }
+          for (int q_tile = run.first; q_tile < run.first + run.count; ++q_tile) {
+            const std::int64_t tile = (std::int64_t{work.batch} * params.heads + run.head) * params.q_tiles + q_tile;
+            const TensorMap::Origin origin{q_tile * kTile.q, run.head, work.batch};
+            Barrier& q_full = shared.q_ring.begin_fill(at, QueryTile::kBytes + kRowBytes, run);
+            params.q.load(shared.q[at.stage], origin, q_full);
+            load_bytes(shared.lse2[at.stage], params.workspace.lse2 + tile * kTile.q, kRowBytes, q_full);
+            Barrier& dout_full = shared.dout_ring.begin_fill(at, QueryTile::kBytes + kRowBytes);
+            params.dout.load(shared.dout[at.stage], origin, dout_full);
+            load_bytes(shared.delta[at.stage], params.workspace.delta + tile * kTile.q, kRowBytes, dout_full);
+            at.advance();
+          }
+        });
   }
 
   static __device__ void consume(const Params& params, Shared& shared, Work work, int warpgroup) {
@@ -150,10 +156,10 @@ struct BackwardKernel {
 
     float dk[kHeadDim / 2] = {}, dv[kHeadDim / 2] = {};
     Position position;
-    int buffer = 0;
 
     wait_for(shared.kv_full, 0);
-    for_each_query_tile(params, work, [&](int head, int q_tile, auto coverage) {
+    Announcement run;
+    const auto step = [&](int q_tile, auto coverage) {
       const int stage = position.stage;
       float scores[kTile.q / 2], dscores[kTile.q / 2];  // transposed: this warpgroup's keys × the tile's queries
       std::uint32_t weights_operand[kTile.q / 4], dscores_operand[kTile.q / 4];
@@ -179,7 +185,8 @@ struct BackwardKernel {
           scores[i] = params.score.weight(scores[i], i % 2 == 0 ? lse2.x : lse2.y);
         }
       }
-      if constexpr (coverage() == Coverage::kPartial) {
+      constexpr bool kPartial = coverage() == Coverage::kPartial;
+      if constexpr (kPartial) {
 #pragma unroll
         for (int i = 0; i < kTile.q / 2; ++i) {
           const int query = q_tile * kTile.q + at.column(i / 4) + i % 2;
@@ -195,9 +202,13 @@ struct BackwardKernel {
         const float2 delta = *reinterpret_cast<const float2*>(&shared.delta[stage][at.column(j)]);
 #pragma unroll
         for (int i = 4 * j; i < 4 * j + 4; ++i) {
-          const float gradient = params.score.score_gradient(scores[i], dscores[i], i % 2 == 0 ? delta.x : delta.y);
-          // A masked score has weight 0, but 0 times a gradient that is not finite is not 0.
-          dscores[i] = coverage() == Coverage::kPartial && scores[i] == 0.f ? 0.f : gradient;
+          dscores[i] = params.score.score_gradient(scores[i], dscores[i], i % 2 == 0 ? delta.x : delta.y);
+        }
+      }
+      if constexpr (kPartial) {  // a masked score has weight 0, but 0 times a gradient that is not finite is not 0
+#pragma unroll
+        for (int i = 0; i < kTile.q / 2; ++i) {
+          dscores[i] = scores[i] == 0.f ? 0.f : dscores[i];
         }
       }
       pack<Element>(dscores, dscores_operand);
@@ -208,14 +219,14 @@ struct BackwardKernel {
       wgmma::multiply<Element>(weights_operand, shared.dout[stage].mn_major(), dv);
       wgmma::commit();
 
-      store_packed(dscores_operand, shared.dscores[buffer], shared_row, thread);
+      store_packed(dscores_operand, shared.dscores[stage], shared_row, thread);
       publish_shared();
       cutlass::arch::NamedBarrier::sync(kConsumers, 0);
 
       float dq[kPiece / 2];
       wgmma::pin(dq);
       wgmma::fence();
-      wgmma::multiply<Element, kTile.k>(shared.dscores[buffer].mn_major(piece_row), shared.k.mn_major(piece_column), dq,
+      wgmma::multiply<Element, kTile.k>(shared.dscores[stage].mn_major(piece_row), shared.k.mn_major(piece_column), dq,
                                         false);
       wgmma::commit();
       wgmma::pin(dk);
@@ -228,21 +239,20 @@ struct BackwardKernel {
       wgmma::pin(dq);
       wgmma::pin(dv);
       wgmma::pin(weights_operand);
-      if (thread == 0) {
-        shared.dout_ring.release(position);
-      }
-      const std::int64_t tile = (std::int64_t{work.batch} * params.heads + head) * params.q_tiles + q_tile;
-      add_piece(params.workspace.dq + (tile * kWarpgroups + warpgroup) * (kPiece * kPiece), thread, dq);
+      shared.dout_ring.release(position);
+      const int tile = (work.batch * params.heads + run.head) * params.q_tiles + q_tile;
+      add_piece(params.workspace.dq + (std::int64_t{tile} * kWarpgroups + warpgroup) * (kPiece * kPiece), thread, dq);
 
       wgmma::wait<0>();
       wgmma::pin(dk);
       wgmma::pin(dscores_operand);
-      if (thread == 0) {
-        shared.q_ring.release(position);
-      }
+      shared.q_ring.release(position);
       position.advance();
-      buffer ^= 1;
-    });
+    };
+    do {
+      run = shared.q_ring.next_run(position);
+      for_each_tile(run, step);
+    } while (!run.last);
 
     // Epilogue: dK and dV take the place of K and V, once no warpgroup reads them any more.
     cutlass::arch::NamedBarrier::sync(kConsumers, 0);

@@ -52,7 +52,8 @@ struct ForwardKernel {
     QueryTile q;  // and, once a warpgroup is done with its queries, its rows of the output
     KeyTile k[kStages], v[kStages];
     Barrier q_full;
-    Ring<kStages> k_ring, v_ring;
+    AnnouncingRing<kStages> k_ring;
+    Ring<kStages> v_ring;
   };
 
   // Which query tile of which head this block computes. The last tile of a head goes first: under a causal mask it has
@@ -99,22 +100,32 @@ struct ForwardKernel {
     Position k_at, v_at;
     int v_tile = -1;  // values run one tile behind keys, as in the consumer
     const auto load_values = [&] {
-      Barrier& full = shared.v_ring.begin_fill(v_at, KeyTile::kBytes);
-      params.v.load(shared.v[v_at.stage], {v_tile * kTile.k, kv_head, work.batch}, full);
-      v_at.advance();
-    };
-    for_each_tile(params.schedule, work.q_tile, kTile, [&](int k_tile, auto) {
-      Barrier& full = shared.k_ring.begin_fill(k_at, KeyTile::kBytes);
-      params.k.load(shared.k[k_at.stage], {k_tile * kTile.k, kv_head, work.batch}, full);
-      k_at.advance();
       if (v_tile >= 0) {
-        load_values();
+        Barrier& full = shared.v_ring.begin_fill(v_at, KeyTile::kBytes);
+        params.v.load(shared.v[v_at.stage], {v_tile * kTile.k, kv_head, work.batch}, full);
+        v_at.advance();
       }
-      v_tile = k_tile;
-    });
-    if (v_tile >= 0) {
-      load_values();
-    }
+    };
+    announce(
+        [&](auto&& report) {
+          auto cursor = params.schedule.runs(work.q_tile, kTile);
+          for (TileRun run; cursor.next(run);) {
+            report(work.head, run);
+          }
+        },
+        [&](Announcement run) {
+          if (run.count == 0) {
+            shared.k_ring.begin_fill(k_at, 0, run);
+          }
+          for (int k_tile = run.first; k_tile < run.first + run.count; ++k_tile) {
+            Barrier& full = shared.k_ring.begin_fill(k_at, KeyTile::kBytes, run);
+            params.k.load(shared.k[k_at.stage], {k_tile * kTile.k, kv_head, work.batch}, full);
+            k_at.advance();
+            load_values();
+            v_tile = k_tile;
+          }
+        });
+    load_values();
   }
 
   static __device__ void consume(const Params& params, Shared& shared, Work work, int warpgroup) {
@@ -144,47 +155,42 @@ struct ForwardKernel {
       wgmma::commit();
     };
     const auto release = [&](auto& ring, Position& position) {
-      if (thread == 0) {
-        ring.release(position);
-      }
+      ring.release(position);
       position.advance();
     };
+    const auto mask = [&](int k_tile) {
+#pragma unroll
+      for (int i = 0; i < kTile.k / 2; ++i) {
+        const int key = k_tile * kTile.k + at.column(i / 4) + i % 2;
+        scores[i] = params.schedule.keeps(first_row + at.row(i / 2 % 2), key) ? scores[i] : -kInfinity;
+      }
+    };
     // Scores become weights; decay is what the output so far must be multiplied by.
-    const auto absorb = [&](int k_tile, auto coverage, float (&decay)[2]) {
+    float decay[2];
+    const auto absorb = [&](int k_tile, auto coverage) {
+      if constexpr (coverage() == Coverage::kPartial) {
+        mask(k_tile);
+      }
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        if constexpr (coverage() == Coverage::kPartial) {
-#pragma unroll
-          for (int j = 0; j < kTile.k / 8; ++j) {
-#pragma unroll
-            for (int e = 0; e < 2; ++e) {
-              const bool kept = params.schedule.keeps(first_row + at.row(h), k_tile * kTile.k + at.column(j) + e);
-              float& score = scores[4 * j + 2 * h + e];
-              score = kept ? score : -kInfinity;
-            }
-          }
-        }
         decay[h] = params.score.absorb(state[h], AccumulatorRow<kTile.k / 2>{scores, h});
       }
     };
 
     wait_for(shared.q_full, 0);
-    auto cursor = params.schedule.runs(work.q_tile, kTile);
-    TileRun run{};
-    if (cursor.next(run)) {
-      float decay[2];
-      shared.k_ring.wait(k_at);
+    Announcement run = shared.k_ring.next_run(k_at);
+    if (run.count > 0) {
       turns.wait();
       issue_scores();
       turns.pass();
       wgmma::wait<0>();
       wgmma::pin(scores);
       release(shared.k_ring, k_at);
-      absorb(run.first, CoverageTag<Coverage::kPartial>{}, decay);  // `keeps` holds for a full tile as well
+      absorb(run.first, CoverageTag<Coverage::kPartial>{});  // `keeps` holds for a full tile as well
       pack<Element>(scores, weights);
       ++run.first, --run.count;
 
-      for_each_tile(cursor, run, [&](int k_tile, auto coverage) {
+      const auto step = [&](int k_tile, auto coverage) {
         shared.k_ring.wait(k_at);
         turns.wait();
         issue_scores();
@@ -194,7 +200,7 @@ struct ForwardKernel {
         wgmma::wait<1>();
         wgmma::pin(scores);
         release(shared.k_ring, k_at);
-        absorb(k_tile, coverage, decay);
+        absorb(k_tile, coverage);
         wgmma::wait<0>();
         wgmma::pin(out);
         wgmma::pin(weights);
@@ -206,7 +212,14 @@ struct ForwardKernel {
             out[i] *= decay[i / 2 % 2];
           }
         }
-      });
+      };
+      for (;;) {
+        for_each_tile(run, step);
+        if (run.last) {
+          break;
+        }
+        run = shared.k_ring.next_run(k_at);
+      }
 
       shared.v_ring.wait(v_at);
       issue_output();

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "fastattn/schedule/schedule.hpp"
 #include "sm90/tma.cuh"
 
 namespace fastattn::sm90 {
@@ -25,10 +26,10 @@ template <int kStages>
 struct Ring {
   Barrier full[kStages], empty[kStages];
 
-  __device__ void init(int consumers) {
+  __device__ void init(int consumer_warpgroups) {
     for (int i = 0; i < kStages; ++i) {
       full[i].init(1);
-      empty[i].init(consumers);
+      empty[i].init(consumer_warpgroups * kWarpgroupWarps);
     }
   }
   // Producer: waits until the stage is free and announces `bytes`; copies then complete on the returned barrier.
@@ -39,8 +40,61 @@ struct Ring {
   }
   // Consumer: waits for the stage's data.
   __device__ void wait(RingPosition<kStages> at) { wait_for(full[at.stage], at.parity); }
-  // Consumer, one thread per warpgroup: hands the stage back.
-  __device__ void release(RingPosition<kStages> at) { empty[at.stage].arrive(); }
+  // Consumer, every thread: hands the stage back, once a warp.
+  __device__ void release(RingPosition<kStages> at) {
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) {
+      empty[at.stage].arrive();
+    }
+  }
+};
+
+// The run of tiles that begins in a stage, told to the consumers by the producer: it alone walks the schedule, because
+// a cursor costs registers, which the consumers need for their accumulators, and may have to read memory.
+struct alignas(16) Announcement {
+  int first, count;  // tiles [first, first + count); a walk of no tiles is one run of none
+  int head;
+  Coverage coverage;
+  bool last;
+};
+
+// Calls fill(announcement) for every run that walk(report) reports as (head, run), the last one marked.
+template <class Walk, class Fill>
+__device__ void announce(Walk&& walk, Fill&& fill) {
+  Announcement pending{0, 0, 0, Coverage::kPartial, false};
+  walk([&](int head, TileRun run) {
+    if (pending.count > 0) {
+      fill(pending);
+    }
+    pending = {run.first, run.count, head, run.coverage, false};
+  });
+  pending.last = true;
+  fill(pending);
+}
+
+// body(tile, coverage) for every tile of a run.
+template <class Body>
+__device__ void for_each_tile(const Announcement& run, Body&& body) {
+  fastattn::for_each_tile(TileRun{run.first, run.count, run.coverage}, body);
+}
+
+// A ring whose stages carry the announcement of the run they belong to.
+template <int kStages>
+struct AnnouncingRing : Ring<kStages> {
+  Announcement announcements[kStages];
+
+  __device__ Barrier& begin_fill(RingPosition<kStages> at, int bytes, Announcement announcement) {
+    this->empty[at.stage].wait(at.parity ^ 1);
+    announcements[at.stage] = announcement;
+    this->full[at.stage].arrive_and_expect_tx(bytes);
+    return this->full[at.stage];
+  }
+  // Consumer: waits for the first stage of the next run. To be read before the products on that stage are issued: its
+  // release follows them.
+  __device__ Announcement next_run(RingPosition<kStages> at) {
+    this->wait(at);
+    return announcements[at.stage];
+  }
 };
 
 }  // namespace fastattn::sm90

@@ -7,6 +7,10 @@
 
 namespace fastattn::sm90 {
 
+inline constexpr int kWarpgroupThreads = 128;
+inline constexpr int kWarpgroupWarps = 4;
+inline constexpr int kWarpgroupRows = 64;
+
 // Panels of 64 columns; a panel row is 128 bytes, whose eight 16-byte units are exchanged by exclusive-or with row % 8
 // (the 128-byte swizzle), so that both a row and a column of units touch every bank once.
 inline constexpr int kPanelColumns = 64;

@@ -46,30 +46,27 @@ concept TileSchedule = std::is_trivially_copyable_v<S> && requires(const S sched
   schedule.transposed();                           // the same mask with queries and keys exchanged, for the backward
 };
 
-// Visits the tiles of `run` and of all that follows it in `cursor`.
-template <RunCursor Cursor, class Body>
-FASTATTN_HD constexpr void for_each_tile(Cursor& cursor, TileRun run, Body&& body) {
-  do {
-    const int end = run.first + run.count;
-    if (run.coverage == Coverage::kFull) {
-      for (int k_tile = run.first; k_tile < end; ++k_tile) {
-        body(k_tile, CoverageTag<Coverage::kFull>{});
-      }
-    } else {
-      for (int k_tile = run.first; k_tile < end; ++k_tile) {
-        body(k_tile, CoverageTag<Coverage::kPartial>{});
-      }
+// Visits every tile of a run: body(k_tile, coverage).
+template <class Body>
+FASTATTN_HD constexpr void for_each_tile(TileRun run, Body&& body) {
+  const int end = run.first + run.count;
+  if (run.coverage == Coverage::kFull) {
+    for (int k_tile = run.first; k_tile < end; ++k_tile) {
+      body(k_tile, CoverageTag<Coverage::kFull>{});
     }
-  } while (cursor.next(run));
+  } else {
+    for (int k_tile = run.first; k_tile < end; ++k_tile) {
+      body(k_tile, CoverageTag<Coverage::kPartial>{});
+    }
+  }
 }
 
-// Visits every tile of query tile `q_tile`: body(k_tile, coverage).
+// Visits every tile of query tile `q_tile`.
 template <TileSchedule Schedule, class Body>
 FASTATTN_HD constexpr void for_each_tile(const Schedule& schedule, int q_tile, TileShape shape, Body&& body) {
   auto cursor = schedule.runs(q_tile, shape);
-  TileRun run{};
-  if (cursor.next(run)) {
-    for_each_tile(cursor, run, body);
+  for (TileRun run{}; cursor.next(run);) {
+    for_each_tile(run, body);
   }
 }
 
