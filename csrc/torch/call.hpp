@@ -1,0 +1,168 @@
+// What every op's binding shares: judging torch's tensors, showing them to the core, and the places where it runs.
+//
+// A binding holds implementations only; python/fastattn declares the schemas and everything else torch wants to know.
+// It is written on LibTorch's stable ABI, so that one library serves every torch from 2.11 on. What is checked here is
+// what only torch knows (rank, dtype, device, contiguity); the core checks the rest. Either refusal is an exception.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "fastattn/fastattn.hpp"
+
+namespace fastattn::binding {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+template <class... Parts>
+void require(bool condition, const Parts&... parts) {
+  if (!condition) {
+    std::ostringstream message;
+    (message << ... << parts);
+    throw std::runtime_error(message.str());
+  }
+}
+
+inline void require(const Status& status) { require(status.ok(), status.message); }
+
+// Tensors as the core sees them.
+
+inline std::string list(torch::headeronly::IntHeaderOnlyArrayRef values) {
+  std::ostringstream text;
+  text << '[';
+  for (std::size_t i = 0; i < values.size(); ++i) {
+    text << (i == 0 ? "" : ", ") << values[i];
+  }
+  text << ']';
+  return text.str();
+}
+
+inline std::string name_of(const torch::stable::Device& device) {
+  const std::string type = device.is_cpu() ? "cpu" : device.is_cuda() ? "cuda" : "another kind";
+  return device.is_cpu() ? type : type + ":" + std::to_string(device.index());
+}
+
+inline TensorView view(const Tensor& tensor) {
+  TensorView view{.data = tensor.data_ptr()};
+  std::ranges::copy(tensor.sizes(), view.shape);
+  std::ranges::copy(tensor.strides(), view.stride);
+  const ScalarType type = tensor.scalar_type();
+  view.dtype = type == ScalarType::Float  ? DType::kFloat32
+               : type == ScalarType::Half ? DType::kFloat16
+                                          : DType::kBFloat16;
+  return view;
+}
+
+inline bool last_dim_is_contiguous(const Tensor& tensor) {
+  return tensor.numel() == 0 || tensor.sizes()[3] == 1 || tensor.stride(3) == 1;
+}
+
+inline Tensor compact_copy(const Tensor& tensor) {
+  Tensor copy = torch::stable::new_empty(tensor, tensor.sizes());
+  return torch::stable::copy_(copy, tensor);
+}
+
+// One call of an op: judges its tensors by name. The tensors returned can be handed to the core as they are.
+template <class Place>
+class Call {
+ public:
+  Call(const char* op, const Tensor& q) : op_(op), device_(q.device()) {}
+
+  Tensor input(const char* name, const Tensor& tensor) const {
+    check(name, tensor);
+    require(last_dim_is_contiguous(tensor), op_, ": ", name, " must be contiguous in its last dimension, got strides ",
+            list(tensor.strides()));
+    return Place::addresses(tensor) ? tensor : compact_copy(tensor);
+  }
+
+  // Autograd makes gradients in any layout, expanded ones among them.
+  Tensor gradient(const char* name, const Tensor& tensor) const {
+    check(name, tensor);
+    return last_dim_is_contiguous(tensor) && Place::addresses(tensor) ? tensor : compact_copy(tensor);
+  }
+
+  // One float for each row of q.
+  Tensor row_statistics(const char* name, const Tensor& tensor, const Tensor& q) const {
+    const auto shape = q.sizes();
+    const std::vector<std::int64_t> expected = {shape[0], shape[2], shape[1]};
+    require(std::ranges::equal(tensor.sizes(), expected) && tensor.scalar_type() == ScalarType::Float, op_, ": ", name,
+            " must be Float [batch, heads, seq_q] = ", list(expected), ", got ", tensor.scalar_type(), " ",
+            list(tensor.sizes()));
+    check_device(name, tensor);
+    return torch::stable::contiguous(tensor);
+  }
+
+ private:
+  void check(const char* name, const Tensor& tensor) const {
+    require(tensor.dim() == 4, op_, ": ", name, " must have 4 dimensions, [batch, seq, heads, head_dim], got ",
+            list(tensor.sizes()));
+    check_device(name, tensor);
+    const ScalarType type = tensor.scalar_type();
+    require(type == ScalarType::Float || type == ScalarType::Half || type == ScalarType::BFloat16, op_, ": ", name,
+            " must be float32, float16 or bfloat16, got ", type);
+  }
+
+  void check_device(const char* name, const Tensor& tensor) const {
+    require(tensor.device() == device_, op_, ": ", name, " must be on the device of q, ", name_of(device_), ", got ",
+            name_of(tensor.device()));
+  }
+
+  const char* op_;
+  torch::stable::Device device_;
+};
+
+// Where an op runs. `executor` is what the core takes; `addresses` tells whether its kernels can read a tensor in
+// place.
+
+struct TorchThreads final : Threads {
+  void run(std::int64_t count, Task task, void* context) const override {
+    // Tasks differ in size (think causal): each worker takes the next one when it is free.
+    std::atomic<std::int64_t> next{0};
+    const std::int64_t workers = std::min<std::int64_t>(count, torch::stable::get_num_threads());
+    torch::stable::parallel_for(0, workers, 1, [&](std::int64_t, std::int64_t) {
+      for (std::int64_t i = next++; i < count; i = next++) {
+        task(context, i);
+      }
+    });
+  }
+};
+
+struct Cpu {
+  explicit Cpu(const Tensor&) {}
+  static bool addresses(const Tensor&) { return true; }
+
+  TorchThreads executor;
+};
+
+// The stream that torch is using on this device. Throws where fastattn or torch has no CUDA.
+Stream current_cuda_stream(std::int32_t device);
+
+struct Cuda {
+  explicit Cuda(const Tensor& q) : executor(current_cuda_stream(q.get_device_index())), device(q.get_device_index()) {}
+
+  // TMA reads 16-byte units. Other layouts are copied once.
+  static bool addresses(const Tensor& tensor) {
+    const std::int64_t bytes = tensor.element_size();
+    bool aligned = reinterpret_cast<std::uintptr_t>(tensor.data_ptr()) % 16 == 0;
+    for (std::int64_t i = 0; i < 3; ++i) {
+      const std::int64_t stride = tensor.stride(i) * bytes;
+      aligned = aligned && (tensor.sizes()[i] <= 1 || (stride > 0 && stride % 16 == 0));
+    }
+    return aligned;
+  }
+
+  Stream executor;
+  torch::stable::accelerator::DeviceGuard device;
+};
+
+}  // namespace fastattn::binding
