@@ -75,7 +75,13 @@ def result_cells(record: Record | None) -> list[str]:
     peers: dict[str, float] = record["against"]
     best = min(peers, key=lambda name: peers[name], default=None)
     ratio = "–" if best is None else f"{peers[best] / record['time_us']:.2f} × {best}"
-    return [f"{record['time_us'] / 1e3:.3g} ms", f"{record['tflops']:.3g}", ratio, f"{record['error']:.0e}"]
+    time = record["time_us"] / 1e3
+    return [
+        f"{time:.0f} ms" if time >= 1000 else f"{time:.3g} ms",
+        f"{record['tflops']:.3g}",
+        ratio,
+        f"{record['error']:.0e}",
+    ]
 
 
 def main(check: Annotated[bool, typer.Option(help="Write nothing; exit 1 if README.md is stale.")] = False) -> None:
