@@ -1,12 +1,15 @@
 // attention on the CPU: checks, then the kernels of the best instruction set this machine has.
 #include "cpu/attention_kernels.hpp"
 #include "cpu/instruction_set.hpp"
+#include "fastattn/cpu/parallel.hpp"
 #include "fastattn/fastattn.hpp"
 #include "validate.hpp"
 
 namespace fastattn {
 
 namespace {
+
+static_assert(kMaxHeadDim <= cpu::kMaxHeadDim);
 
 // Null where this machine lacks AVX2.
 const cpu::AttentionKernels* kernels() {

@@ -15,8 +15,10 @@ void parallel_for(const Threads& threads, std::int64_t count, const Body& body) 
   threads.run(count, task, const_cast<Body*>(&body));
 }
 
-// 1 MiB, the L2 cache of the machines this is tuned for: a kernel whose tiles fit here keeps them close as well.
-inline constexpr int kScratchFloats = 256 * 1024;
+inline constexpr int kMaxHeadDim = 256;
+
+// 704 KiB, what the backward takes at head_dim 256: within the 1 MiB of L2 cache that server cores have.
+inline constexpr int kScratchFloats = 176 * 1024;
 
 // The calling thread's scratch, 64-byte aligned. Nothing in it outlives a task.
 float* thread_scratch();

@@ -5,8 +5,6 @@
 
 namespace fastattn::cpu {
 
-inline constexpr int kMaxHeadDim = 256;
-
 // The tokens of one head of one sequence.
 template <class Element>
 struct Tokens {

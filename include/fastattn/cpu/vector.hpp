@@ -49,7 +49,6 @@ struct Vector<Avx2> {
   friend Vector operator+(Vector a, Vector b) { return _mm256_add_ps(a.lanes, b.lanes); }
   friend Vector operator-(Vector a, Vector b) { return _mm256_sub_ps(a.lanes, b.lanes); }
   friend Vector operator*(Vector a, Vector b) { return _mm256_mul_ps(a.lanes, b.lanes); }
-  friend Vector operator/(Vector a, Vector b) { return _mm256_div_ps(a.lanes, b.lanes); }
   friend Vector fused_multiply_add(Vector a, Vector b, Vector c) { return _mm256_fmadd_ps(a.lanes, b.lanes, c.lanes); }
   // Where one of the two is NaN, the second is returned.
   friend Vector max_of(Vector a, Vector b) { return _mm256_max_ps(a.lanes, b.lanes); }
@@ -123,7 +122,6 @@ struct Vector<Avx512> {
   friend Vector operator+(Vector a, Vector b) { return _mm512_add_ps(a.lanes, b.lanes); }
   friend Vector operator-(Vector a, Vector b) { return _mm512_sub_ps(a.lanes, b.lanes); }
   friend Vector operator*(Vector a, Vector b) { return _mm512_mul_ps(a.lanes, b.lanes); }
-  friend Vector operator/(Vector a, Vector b) { return _mm512_div_ps(a.lanes, b.lanes); }
   friend Vector fused_multiply_add(Vector a, Vector b, Vector c) { return _mm512_fmadd_ps(a.lanes, b.lanes, c.lanes); }
   friend Vector max_of(Vector a, Vector b) { return _mm512_max_ps(a.lanes, b.lanes); }
   friend Vector min_of(Vector a, Vector b) { return _mm512_min_ps(a.lanes, b.lanes); }
