@@ -6,7 +6,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fastattn
 from cases import Case, assert_same, relative_error, run
-from fastattn import reference
+from fastattn import _library, reference
 
 OPTIONS = [{}, {"causal": True}, {"causal": True, "window": [9, 4], "scale": 0.3}]
 CASE = Case(20, 28, heads=4, kv_heads=2, head_dim=16, causal=True)
@@ -177,3 +177,9 @@ def test_threads_do_not_change_results() -> None:
     assert torch.equal(alone[0], together[0])
     for a, b in zip(together, alone, strict=True):
         assert relative_error(a, b) < 1e-6
+
+
+def test_missing_library_is_explained(monkeypatch, tmp_path) -> None:
+    monkeypatch.setattr(_library, "path", tmp_path / "fastattn_torch.so")
+    with pytest.raises(ImportError, match="op library is missing"):
+        _library.load()
