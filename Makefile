@@ -4,6 +4,7 @@
 #   VENV     the virtual environment; empty: use PYTHON as it is and install nothing but fastattn (.venv)
 #   TORCH    the torch to install and build with          (torch==2.13.0)
 #   FASTATTN_CUDA  auto, on or off: see CMakeLists.txt    (auto)
+#   PYTEST_ARGS, BENCH_ARGS, STEPS   handed on to pytest, python -m bench and tools/gpu_check.sh
 #
 # On a GPU machine without network, whose Python has torch: make gpu-check PYTHON=python3 VENV=
 
