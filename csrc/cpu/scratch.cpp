@@ -2,6 +2,7 @@
 
 namespace fastattn::cpu {
 
+// Not on the heap, so that a kernel cannot fail half-way.
 float* thread_scratch() {
   alignas(64) thread_local float scratch[kScratchFloats];
   return scratch;

@@ -19,8 +19,11 @@ void StdThreads::run(std::int64_t count, Task task, void* context) const {
     }
   };
   std::vector<std::thread> helpers;
-  for (std::int64_t i = 1; i < std::min<std::int64_t>(count_, count); ++i) {
-    helpers.emplace_back(work);
+  try {
+    for (std::int64_t i = 1; i < std::min<std::int64_t>(count_, count); ++i) {
+      helpers.emplace_back(work);
+    }
+  } catch (...) {  // the system gives no more threads: those that there are do the work
   }
   work();
   for (std::thread& helper : helpers) {

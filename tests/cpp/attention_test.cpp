@@ -138,6 +138,11 @@ const Test empty_rows("attention: rows that keep nothing give 0, -inf and zero g
       p.dlse[i] = 0.f;
     }
     check(relative_error(p.dk.values(), expected_of(p).dk) < 5e-6, std::string(kernels.name) + ": dk of the others");
+    p.v.set(0, 0, 0, 0, NAN);
+    run(kernels, p);
+    for (int i = 0; i < 140; ++i) {
+      check(p.out.get(0, i, 0, 0) == 0.f, std::string(kernels.name) + ": a value of NaN");
+    }
   }
 });
 

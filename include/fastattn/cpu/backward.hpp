@@ -110,9 +110,9 @@ struct GradientTile {
       const Panels<Isa> y2_rows{stream2, count, width}, y2_columns{stream2_columns, dim, columns};
       pack_columns(y1_columns, y1, y_first, count);
       pack_columns(y2_columns, y2, y_first, count);
-      pack_rows(y1_rows, y1, y_first, count, dim);
+      pack_rows(y1_rows, y1, y_first, dim);
       if constexpr (kStays == Stays::kKeys) {
-        pack_rows(y2_rows, y2, y_first, count, dim);
+        pack_rows(y2_rows, y2, y_first, dim);
         load_terms(terms, y_first, count, columns);
       }
       // Runs ascend: the tile after this one most likely follows it.

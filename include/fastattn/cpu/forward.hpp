@@ -84,11 +84,11 @@ void forward(const ForwardTensors& x, const ScheduleOf& schedule_of, const Score
     const auto k_tokens = tokens_of<const Element>(x.k, b, h / group);
     const auto v_tokens = tokens_of<const Element>(x.v, b, h / group);
     for_each_tile(schedule, q_tile, kForwardTile, [&](int k_tile, auto coverage) {
-      const int k_first = k_tile * kForwardTile.k, count = min_of(kForwardTile.k, num_k - k_first),
-                columns = round_up<Isa>(count);
+      const int k_first = k_tile * kForwardTile.k, count = min_of(kForwardTile.k, num_k - k_first);
+      const int columns = round_up<Isa>(count);
       const Panels<Isa> k{keys, dim, columns}, v{values, count, width};
       pack_columns(k, k_tokens, k_first, count);
-      pack_rows(v, v_tokens, k_first, count, dim);
+      pack_rows(v, v_tokens, k_first, dim);
       // Runs ascend: the tile after this one most likely follows it.
       const int next = k_first + count, next_count = min_of(kForwardTile.k, num_k - next);
       prefetch<Isa>(k_tokens, next, next_count, dim);
@@ -110,7 +110,8 @@ void forward(const ForwardTensors& x, const ScheduleOf& schedule_of, const Score
       const RowResult result = score.finish(state[row], Identity{});
       Element* const to = x.out.row<Element>(b, q_first + row, h);
       for (int d = 0; d < dim; ++d) {
-        to[d] = from_float<Element>(out[row * width + d] * result.output_scale);
+        const float sum = out[row * width + d];  // 0 · NaN where the row keeps nothing and a value is NaN
+        to[d] = from_float<Element>(result.output_scale == 0.f ? 0.f : sum * result.output_scale);
       }
       if (x.lse != nullptr) {
         x.lse[(b * heads + h) * num_q + q_first + row] = result.lse;

@@ -11,11 +11,11 @@ struct Tokens {
   Element* first;
   std::int64_t stride;
 
-  Element* operator[](std::int64_t i) const { return first + i * stride; }
+  FASTATTN_HD Element* operator[](std::int64_t i) const { return first + i * stride; }
 };
 
 template <class Element>
-Tokens<Element> tokens_of(const TensorView& view, std::int64_t b, std::int64_t h) {
+FASTATTN_HD Tokens<Element> tokens_of(const TensorView& view, std::int64_t b, std::int64_t h) {
   return {view.row<Element>(b, 0, h), view.stride[1]};
 }
 
@@ -68,7 +68,7 @@ void prefetch(Tokens<Element> tokens, int first, int count, int dim) {
   }
 }
 
-// tokens[first, first + count) as the rows of a row-major tile of width `dim`.
+// tokens[first, first + count) as the first of `rows` rows of a row-major tile, zeros after them.
 template <class Isa, class Element>
 void load_rows(float* tile, Tokens<Element> tokens, int first, int count, int rows, int dim) {
   const int width = round_up<Isa>(dim);
@@ -80,18 +80,17 @@ void load_rows(float* tile, Tokens<Element> tokens, int first, int count, int ro
   }
 }
 
-// The same tokens as the rows of B: depth = tokens, columns = dims.
+// tokens[first, first + b.depth) as the rows of B, whose columns are dims.
 template <class Isa, class Element>
-void pack_rows(Panels<Isa> b, Tokens<Element> tokens, int first, int count, int dim) {
+void pack_rows(Panels<Isa> b, Tokens<Element> tokens, int first, int dim) {
   for (int row = 0; row < b.depth; ++row) {
     for (int d = 0; d < b.columns; d += Vector<Isa>::kWidth) {
-      const Vector<Isa> x = row < count ? load_some<Isa>(tokens[first + row] + d, dim - d) : Vector<Isa>(0.f);
-      x.store(b.at(row, d));
+      load_some<Isa>(tokens[first + row] + d, dim - d).store(b.at(row, d));
     }
   }
 }
 
-// The same tokens as the columns of B: depth = dims, columns = tokens.
+// tokens[first, first + count) as the columns of B, zeros after them; its depth is the dims.
 template <class Isa, class Element>
 void pack_columns(Panels<Isa> b, Tokens<Element> tokens, int first, int count) {
   constexpr int kWidth = Vector<Isa>::kWidth;

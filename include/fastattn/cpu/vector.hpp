@@ -1,6 +1,6 @@
 // One SIMD register of floats, for each instruction set, behind one interface.
 //
-// Everything that is compiled for an instruction set is a template over its tag (or a member of one), so that no two
+// Everything that is compiled for an instruction set is a template over its tag or always inlined, so that no two
 // instruction sets ever share a symbol: the linker keeps one copy of a symbol, and it must not be the AVX-512 one.
 #pragma once
 
