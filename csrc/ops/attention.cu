@@ -43,6 +43,10 @@ auto with_variant(DType dtype, Run&& run) {
                                    : run.template operator()<SoftmaxBand<Float16>>();
 }
 
+int heads_per_kv_head(const Attention& problem) {
+  return static_cast<int>(problem.q.heads() / max_of<std::int64_t>(problem.k.heads(), 1));
+}
+
 template <class Kernel>
 Status launch_forward(const Attention& problem, Stream stream, void (*kernel)(typename Kernel::Params)) {
   typename Kernel::Params params{};
@@ -50,7 +54,7 @@ Status launch_forward(const Attention& problem, Stream stream, void (*kernel)(ty
   params.score = {problem.scale * kLog2E};
   params.lse = problem.lse;
   params.heads = static_cast<int>(problem.q.heads());
-  params.heads_per_kv_head = static_cast<int>(problem.q.heads() / problem.k.heads());
+  params.heads_per_kv_head = heads_per_kv_head(problem);
   params.q_tiles = ceil_div(params.schedule.num_q, Kernel::kTile.q);
   Status status;
   const auto encode = [&](const TensorView& view, int rows, sm90::TensorMap& map) {
@@ -89,7 +93,8 @@ Status launch_backward(const AttentionBackward& problem, Stream stream, void (*k
   params.score = {forward.scale * kLog2E};
   params.scale = forward.scale;
   params.heads = static_cast<int>(forward.q.heads());
-  params.heads_per_kv_head = static_cast<int>(forward.q.heads() / forward.k.heads());
+  params.kv_heads = static_cast<int>(forward.k.heads());
+  params.heads_per_kv_head = heads_per_kv_head(forward);
   params.q_tiles = ceil_div(params.schedule.num_q, Kernel::kTile.q);
   params.k_tiles = ceil_div(params.schedule.num_k, Kernel::kTile.k);
   plan_workspace<Kernel>(forward, problem.workspace, params.workspace);

@@ -41,7 +41,7 @@ struct BackwardParams {
   typename Variant::Score score;
   float scale;
   BackwardWorkspace workspace;
-  int heads, heads_per_kv_head, q_tiles, k_tiles;
+  int heads, kv_heads, heads_per_kv_head, q_tiles, k_tiles;
 };
 
 template <class Variant, int kIndex>
@@ -79,11 +79,10 @@ struct BackwardKernel {
     int k_tile, kv_head, batch;
 
     __device__ explicit Work(const Params& params) {
-      const int kv_heads = params.heads / params.heads_per_kv_head;
       const int row = static_cast<int>(blockIdx.x) / params.k_tiles;
       k_tile = static_cast<int>(blockIdx.x) % params.k_tiles;  // first tiles are the longest under a causal mask
-      kv_head = row % kv_heads;
-      batch = row / kv_heads;
+      kv_head = row % params.kv_heads;
+      batch = row / params.kv_heads;
     }
   };
 
