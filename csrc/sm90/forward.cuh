@@ -25,10 +25,10 @@ namespace fastattn::sm90 {
 
 template <class Variant>
 struct ForwardParams {
-  TensorMap q, k, v, out;
+  TensorMap q, k, v;
   typename Variant::Schedule schedule;
   typename Variant::Score score;
-  float* lse;  // [batch, heads, num_q]
+  typename Variant::Epilogue epilogue;
   int heads, heads_per_kv_head, q_tiles;
 };
 
@@ -229,29 +229,10 @@ struct ForwardKernel {
     }
     turns.finish();
 
-    // Epilogue: scale, round, and store the rows through this warpgroup's share of the query tile.
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const RowResult result = params.score.finish(state[h], sum_over_row);
-#pragma unroll
-      for (int j = 0; j < kHeadDim / 8; ++j) {
-        out[4 * j + 2 * h] *= result.output_scale;
-        out[4 * j + 2 * h + 1] *= result.output_scale;
-      }
-      const int row = first_row + at.row(h);
-      if (at.first_column == 0 && row < params.schedule.num_q) {
-        params.lse[(std::int64_t{work.batch} * params.heads + work.head) * params.schedule.num_q + row] = result.lse;
-      }
-    }
-    std::uint32_t rounded[kHeadDim / 4];
-    pack<Element>(out, rounded);
-    store_packed(rounded, shared.q, warpgroup * kWarpgroupRows, thread);
-    publish_shared();
-    cutlass::arch::NamedBarrier::sync(kWarpgroupThreads, warpgroup);
-    if (thread == 0) {
-      params.out.store(shared.q, warpgroup * kWarpgroupRows, {first_row, work.head, work.batch});
-      wait_for_stores();
-    }
+    const RowResult rows[2] = {params.score.finish(state[0], sum_over_row),
+                               params.score.finish(state[1], sum_over_row)};
+    params.epilogue.store(out, rows, shared.q, warpgroup, {first_row, work.head, work.batch}, params.schedule.num_q,
+                          params.heads);
   }
 
   // The warpgroups' turns at the tensor cores: named barrier i is warpgroup i's permission.
