@@ -4,6 +4,7 @@
 # Logs, records and a summary go to $OUT (gpu-check). Exit status 1 if any step failed.
 #   PYTHON      has torch, pytest and fastattn                       (python3)
 #   BENCH       fastattn_bench, built with CUDA                      (build/fastattn_bench)
+#   RACECHECK   the same over kernels that racecheck can follow      (build/fastattn_racecheck)
 #   BENCH_ARGS  more arguments for `python -m bench`, for example --peers fa4,cudnn
 # Where there is no git, set FASTATTN_COMMIT: the records name the commit.
 set -uo pipefail
@@ -11,6 +12,7 @@ cd "$(dirname "$0")/.."
 
 python=${PYTHON:-python3}
 program=${BENCH:-build/fastattn_bench}
+racecheck=${RACECHECK:-build/fastattn_racecheck}
 out=${OUT:-gpu-check}
 mkdir -p "$out"
 export PATH=$PATH:/usr/local/cuda/bin
@@ -33,12 +35,13 @@ tests() {
 
 # Small problems with ragged tiles: racecheck is slow, and errors sit at the edges.
 sanitizer() {
-  local tool mode dim
+  local tool mode dim target
   for tool in memcheck racecheck; do
+    [[ $tool == racecheck ]] && target=$racecheck || target=$program
     for mode in fwd bwd; do
       for dim in 64 128; do
         run "$tool.$mode.d$dim" compute-sanitizer --tool "$tool" --error-exitcode 9 \
-          "$program" --device cuda --seconds 0 --check --mode "$mode" --case "b1_s130_h2_d$dim" \
+          "$target" --device cuda --seconds 0 --check --mode "$mode" --case "b1_s130_h2_d$dim" \
           --case "b1_s200x333_h4_kv2_d${dim}_causal" --case "b1_s257_h2_d${dim}_window100"
       done
     done

@@ -22,6 +22,14 @@ struct RingPosition {
   }
 };
 
+// How many lanes of a warp hand a stage back. One is enough, since __syncwarp orders the other lanes' reads before it,
+// but compute-sanitizer's racecheck does not follow that: for it, every lane speaks for itself.
+#if defined(FASTATTN_RACECHECK)
+inline constexpr int kReleasingLanes = 32;
+#else
+inline constexpr int kReleasingLanes = 1;
+#endif
+
 template <int kStages>
 struct Ring {
   Barrier full[kStages], empty[kStages];
@@ -29,7 +37,7 @@ struct Ring {
   __device__ void init(int consumer_warpgroups) {
     for (int i = 0; i < kStages; ++i) {
       full[i].init(1);
-      empty[i].init(consumer_warpgroups * kWarpgroupWarps);
+      empty[i].init(consumer_warpgroups * kWarpgroupWarps * kReleasingLanes);
     }
   }
   // Producer: waits until the stage is free and announces `bytes`; copies then complete on the returned barrier.
@@ -40,10 +48,10 @@ struct Ring {
   }
   // Consumer: waits for the stage's data.
   __device__ void wait(RingPosition<kStages> at) { wait_for(full[at.stage], at.parity); }
-  // Consumer, every thread: hands the stage back, once a warp.
+  // Consumer, every thread: hands the stage back.
   __device__ void release(RingPosition<kStages> at) {
     __syncwarp();
-    if (threadIdx.x % 32 == 0) {
+    if (threadIdx.x % 32 < kReleasingLanes) {
       empty[at.stage].arrive();
     }
   }
