@@ -1,0 +1,51 @@
+"""Checks the machine code of the GPU kernels: python tests/guards/check_sass.py build/fastattn_torch.so
+
+What a GPU would show as lost speed, a machine without one can read. The main kernels multiply with warpgroup instructions
+(HGMMA), move tiles with the bulk copy engine (UTMALDG, UTMASTG), and keep everything in registers: one access to local
+memory is a spill or an array indexed at run time.
+"""
+
+import re
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from sysconfig import get_paths
+
+MAIN_KERNELS = re.compile(r"(forward|backward)_kernel")
+NEEDED = ("HGMMA", "UTMALDG", "UTMASTG")
+LOCAL_MEMORY = ("LDL", "STL")
+
+
+def disassemble(library: Path) -> dict[str, Counter[str]]:
+    """How often each instruction occurs in each kernel."""
+    cuobjdump = Path(get_paths()["purelib"]) / "nvidia/cu13/bin/cuobjdump"  # package nvidia-cuda-cuobjdump
+    listing = subprocess.run([cuobjdump, "-sass", library], check=True, capture_output=True, text=True).stdout
+    kernels: dict[str, Counter[str]] = {}
+    for line in listing.splitlines():
+        if function := re.search(r"Function : (\S+)", line):
+            instructions = kernels.setdefault(function[1], Counter())
+        elif instruction := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@\S+\s+)?([A-Z][A-Z0-9]*)", line):
+            instructions[instruction[1]] += 1
+    return kernels
+
+
+def complaints(kernels: dict[str, Counter[str]]) -> list[str]:
+    main = {name: count for name, count in kernels.items() if MAIN_KERNELS.search(name)}
+    found = [] if main else ["there is no forward or backward kernel in it"]
+    for name, count in main.items():
+        found += [f"{name} has no {instruction}" for instruction in NEEDED if not count[instruction]]
+        found += [f"{name} uses local memory: {count[i]} {i}" for i in LOCAL_MEMORY if count[i]]
+    return found
+
+
+def main(library: str) -> None:
+    kernels = disassemble(Path(library))
+    if found := complaints(kernels):
+        sys.exit("\n".join([f"{library}: its GPU kernels are not what they should be:", *found]))
+    main_kernels = sum(1 for name in kernels if MAIN_KERNELS.search(name))
+    print(f"{library}: {main_kernels} main kernels, all HGMMA, none with local memory")  # noqa: T201
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
