@@ -28,12 +28,10 @@ struct SoftmaxBand {
                                                {.head_dim = 128, .tile = {64, 128}, .stages = 2, .warpgroups = 2}};
 };
 
-Status check_problem(const Attention& problem) {
-  if (const Status status = validate(problem); !status.ok()) {
-    return status;
-  }
+// What only the GPU restricts; for a problem that is valid.
+Status check_gpu(const char* op, const Attention& problem) {
   if (problem.q.dtype == DType::kFloat32) {
-    return failure("attention: dtype must be float16 or bfloat16 on the GPU, got float32");
+    return failure("%s: dtype must be float16 or bfloat16 on the GPU, got float32", op);
   }
   return sm90::check_device();
 }
@@ -141,11 +139,14 @@ Status launch_backward(const AttentionBackward& problem, Stream stream, void (*k
 }  // namespace
 
 Status attention(const Attention& problem, Stream stream) {
-  if (const Status status = check_problem(problem); !status.ok()) {
+  if (const Status status = validate(problem); !status.ok()) {
+    return status;
+  }
+  if (const Status status = check_gpu("attention", problem); !status.ok()) {
     return status;
   }
   return with_variant(problem.q.dtype, [&]<class Variant>() {
-    return sm90::dispatch<Variant::kForward>(problem.q.head_dim(), [&]<int kIndex>() {
+    return sm90::dispatch<Variant::kForward>("attention", problem.q.head_dim(), [&]<int kIndex>() {
       return launch_forward<sm90::ForwardKernel<Variant, kIndex>>(problem, stream,
                                                                   sm90::forward_kernel<Variant, kIndex>);
     });
@@ -156,11 +157,11 @@ Status attention_backward(const AttentionBackward& problem, Stream stream) {
   if (const Status status = validate(problem); !status.ok()) {
     return status;
   }
-  if (const Status status = check_problem(problem.forward); !status.ok()) {
+  if (const Status status = check_gpu("attention_backward", problem.forward); !status.ok()) {
     return status;
   }
   return with_variant(problem.forward.q.dtype, [&]<class Variant>() {
-    return sm90::dispatch<Variant::kBackward>(problem.forward.q.head_dim(), [&]<int kIndex>() {
+    return sm90::dispatch<Variant::kBackward>("attention_backward", problem.forward.q.head_dim(), [&]<int kIndex>() {
       return launch_backward<sm90::BackwardKernel<Variant, kIndex>>(problem, stream,
                                                                     sm90::backward_kernel<Variant, kIndex>);
     });
@@ -170,7 +171,7 @@ Status attention_backward(const AttentionBackward& problem, Stream stream) {
 std::size_t attention_backward_workspace(const AttentionBackward& problem, Stream) {
   std::size_t bytes = 0;
   with_variant(problem.forward.q.dtype, [&]<class Variant>() {
-    return sm90::dispatch<Variant::kBackward>(problem.forward.q.head_dim(), [&]<int kIndex>() {
+    return sm90::dispatch<Variant::kBackward>("attention_backward", problem.forward.q.head_dim(), [&]<int kIndex>() {
       sm90::BackwardWorkspace workspace;
       bytes = plan_workspace<sm90::BackwardKernel<Variant, kIndex>>(problem.forward, nullptr, workspace);
       return Status{};

@@ -8,6 +8,7 @@
 
 #include "fastattn/fastattn.hpp"
 #include "ops/validate.hpp"
+#include "sm90/capability.hpp"
 #include "sm90/config.hpp"
 #include "sm90/tma.cuh"
 
@@ -30,10 +31,7 @@ inline Status check_device() {
   }
   cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
   cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
-  if (major != 9 || minor != 0) {
-    return failure("GPU kernels need compute capability 9.0 (Hopper), device %d has %d.%d", device, major, minor);
-  }
-  return {};
+  return check_capability(device, major, minor);
 }
 
 // Describes `view` to the copy engine in boxes of `rows` × 64 elements.
@@ -41,14 +39,14 @@ Status encode(const TensorView& view, int rows, TensorMap& map);
 
 // Picks the first configuration with room for head_dim and calls launch.operator()<its index>().
 template <const auto& kConfigs, class Launch>
-Status dispatch(std::int64_t head_dim, Launch&& launch) {
+Status dispatch(const char* op, std::int64_t head_dim, Launch&& launch) {
   Status status;
   const bool found = [&]<std::size_t... i>(std::index_sequence<i...>) {
     return ((head_dim <= kConfigs[i].head_dim && (status = launch.template operator()<i>(), true)) || ...);
   }(std::make_index_sequence<std::size(kConfigs)>{});
   return found ? status
-               : failure("head_dim must be at most %d on the GPU, got %lld", kConfigs[std::size(kConfigs) - 1].head_dim,
-                         static_cast<long long>(head_dim));
+               : failure("%s: head_dim must be at most %d on the GPU, got %lld", op,
+                         kConfigs[std::size(kConfigs) - 1].head_dim, static_cast<long long>(head_dim));
 }
 
 // Launches `blocks` thread blocks of a kernel that uses `shared_bytes` of dynamic shared memory.

@@ -1,8 +1,8 @@
 """Checks the machine code of the GPU kernels: python tests/guards/check_sass.py build/fastattn_torch.so
 
-What a GPU would show as lost speed, a machine without one can read. The main kernels multiply with warpgroup instructions
-(HGMMA), move tiles with the bulk copy engine (UTMALDG, UTMASTG), and keep everything in registers: one access to local
-memory is a spill or an array indexed at run time.
+What a GPU would show as lost speed, a machine without one can read. The main kernels multiply with warpgroup
+instructions (HGMMA), move tiles with the bulk copy engine (UTMALDG, UTMASTG), and keep everything in registers: an
+access to local memory is a spill or an array indexed at run time.
 """
 
 import re
