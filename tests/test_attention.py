@@ -32,6 +32,17 @@ def test_values_and_gradients(case: Case, place) -> None:
         assert error <= allowed, f"{name}: error {error:.2e}, allowed {allowed:.2e}"
 
 
+def test_error_does_not_grow_with_length() -> None:
+    """Sums over many key tiles: nothing may be rounded anew in each of them."""
+    case = Case(seq_q=64, seq_k=16384, batch=1, heads=2, kv_heads=2)
+    inputs, cotangents = case.inputs("cpu", torch.float32), case.cotangents("cpu", torch.float32)
+    results, exact = run(ours(case), inputs, cotangents), expected(case, inputs, cotangents)
+    rivals = plain(case, inputs, cotangents)
+    for name, result, truth, rival in zip(NAMES, results, exact, rivals, strict=True):
+        error, allowed = relative_error(result, truth), 2 * relative_error(rival, truth)
+        assert error <= allowed, f"{name}: error {error:.2e}, allowed {allowed:.2e}"
+
+
 def test_gradient_of_lse_alone(device, dtype) -> None:
     case = Case(70, 90, causal=True, kv_heads=2)
     q, k, v = (tensor.requires_grad_() for tensor in case.inputs(device, dtype))

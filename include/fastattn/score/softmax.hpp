@@ -6,21 +6,23 @@
 namespace fastattn {
 
 struct Softmax {
-  // The row so far: its largest score and this lane's share of the sum of weights relative to it.
+  // The row so far: its largest score in units of log 2, and this lane's share of the sum of weights relative to that.
+  // The product is kept, not the score: rounded anew for each tile, a maximum that stays would decay the row by an
+  // error of its own, and a thousand tiles by a thousand times that.
   struct State {
-    float max = -kInfinity, sum = 0.f;
+    float max_log2 = -kInfinity, sum = 0.f;
   };
   static constexpr bool kRescales = true;
 
   float scale_log2;  // scale · log2(e): one multiply-add and one ex2 per score
 
   FASTATTN_HD float absorb(State& state, ScoreRow auto row) const {
-    const float max = max_of(state.max, row.max());
-    const float base = max == -kInfinity ? 0.f : max * scale_log2;  // an empty row so far: keep −∞ − −∞ out
-    const float decay = exp2(state.max * scale_log2 - base);
+    const float max_log2 = max_of(state.max_log2, row.max() * scale_log2);
+    const float base = max_log2 == -kInfinity ? 0.f : max_log2;  // an empty row so far: keep −∞ − −∞ out
+    const float decay = exp2(state.max_log2 - base);
     const float scale = scale_log2;
     const float sum = row.apply([scale, base](auto score) { return exp2(score * scale - base); });
-    state = {max, state.sum * decay + sum};
+    state = {max_log2, state.sum * decay + sum};
     return decay;
   }
 
@@ -30,7 +32,7 @@ struct Softmax {
     if (sum == 0.f) {
       return {0.f, -kInfinity};
     }
-    return {1.f / sum, (state.max * scale_log2 + log2(sum)) * kLn2};
+    return {1.f / sum, (state.max_log2 + log2(sum)) * kLn2};
   }
 
   template <class T>
