@@ -19,8 +19,8 @@ LOCAL_MEMORY = ("LDL", "STL")
 
 def disassemble(library: Path) -> dict[str, Counter[str]]:
     """How often each instruction occurs in each kernel."""
-    cuobjdump = Path(get_paths()["purelib"]) / "nvidia/cu13/bin/cuobjdump"  # package nvidia-cuda-cuobjdump
-    listing = subprocess.run([cuobjdump, "-sass", library], check=True, capture_output=True, text=True).stdout
+    cuobjdump = Path(get_paths()["purelib"]) / "nvidia/cu13/bin/cuobjdump"  # dependency group `sass`
+    listing = subprocess.run([cuobjdump, "-sass", library], check=True, stdout=subprocess.PIPE, text=True).stdout
     kernels: dict[str, Counter[str]] = {}
     for line in listing.splitlines():
         if function := re.search(r"Function : (\S+)", line):
