@@ -1,0 +1,252 @@
+// Block-sparse attention: a band cut down to the blocks that a list names, anew for every head.
+//
+// A row of blocks is a count, ascending indices, and beside each index a flag: is the band kept from cutting this
+// block? One list with flags, not a second list of full blocks: the cursor follows one position per row instead of
+// merging two, and no content of the buffers can name a block twice or call full what is not kept.
+//
+// Tiles need not be blocks. On either axis a tile is a block, an even part of one, or two blocks; so a tile has at most
+// 2 × 2 cells, a cell lies in one block, and a tile is full when all its cells are.
+#pragma once
+
+#include <cstdint>
+#include <limits>
+
+#include "fastattn/schedule/band.hpp"
+
+namespace fastattn {
+
+// Dense in rows, [rows of blocks, blocks in a row]; what lies past a row's count is not read.
+struct BlockRows {
+  const std::int32_t* counts;
+  const std::int32_t* indices;  // ascending within a row, none twice
+  const bool* full;             // the band does not cut this block; null: it cuts every block
+};
+
+// The mask of one head: query q keeps key k when the block of (q, k) is listed and is full or the band keeps (q, k).
+struct BlockList {
+  int num_q, num_k;   // tokens
+  int left, right;    // the band, see Band; causal: right = 0
+  TileShape block;    // tokens in a block
+  BlockRows rows;     // of query blocks
+  BlockRows columns;  // of key blocks: the same blocks transposed; null where only the forward is wanted
+
+  // Bounds how far a cursor reads ahead before it yields: a kernel loads the first tile of a run when the run is known.
+  static constexpr int kLongestRun = 16;
+
+  enum class Share : std::uint8_t { kNothing, kSome, kAll };
+
+  struct Entry {
+    bool kept, full;
+  };
+
+  // keeps() inside one tile that runs() yields: the list is searched once and not for each score, and not at all when
+  // the tile lies in one block and nothing is full.
+  struct TileMask {
+    Band band;
+    int q_split, k_split;      // where the tile's second blocks begin
+    std::uint32_t kept, full;  // bit 2 · (in the second row of blocks) + (in the second column)
+
+    FASTATTN_HD constexpr bool keeps(int q, int k) const {
+      const int bit = 2 * (q >= q_split) + (k >= k_split);
+      const bool exempt = (full >> bit & 1) != 0 && q < band.num_q && k < band.num_k;
+      return (kept >> bit & 1) != 0 && (exempt || band.keeps(q, k));
+    }
+  };
+
+  // Tiles that runs() and tile_mask() can work in.
+  FASTATTN_HD constexpr bool supports(TileShape shape) const {
+    const auto fits = [](int tile, int block) { return block % tile == 0 || tile == 2 * block; };
+    return fits(shape.q, block.q) && fits(shape.k, block.k);
+  }
+
+  // Searches the list, in log2(count) reads. In a kernel, ask a tile_mask().
+  FASTATTN_HD constexpr bool keeps(int q, int k) const {
+    if (q < 0 || q >= num_q || k < 0 || k >= num_k) {
+      return false;
+    }
+    const Entry entry = find(q / block.q, k / block.k);
+    return entry.kept && (entry.full || band().keeps(q, k));
+  }
+
+  FASTATTN_HD constexpr TileMask tile_mask(int q_tile, int k_tile, TileShape shape) const {
+    const int row = q_tile * shape.q / block.q, column = k_tile * shape.k / block.k;
+    TileMask mask{band(), (row + 1) * block.q, (column + 1) * block.k, 1, 0};
+    if (shape.q <= block.q && shape.k <= block.k && rows.full == nullptr) {
+      return mask;
+    }
+    mask.kept = 0;
+    for (int bit = 0; bit < 4; ++bit) {
+      const Entry entry = find(row + bit / 2, column + bit % 2);
+      mask.kept |= std::uint32_t{entry.kept} << bit;
+      mask.full |= std::uint32_t{entry.full} << bit;
+    }
+    return mask;
+  }
+
+  struct Cursor;
+  FASTATTN_HD constexpr Cursor runs(int q_tile, TileShape shape) const;
+
+  FASTATTN_HD constexpr BlockList transposed() const {
+    return {num_k, num_q, right, left, {block.k, block.q}, columns, rows};
+  }
+
+  FASTATTN_HD constexpr Band band() const { return {num_q, num_k, left, right}; }
+  FASTATTN_HD constexpr int blocks_q() const { return ceil_div(num_q, block.q); }
+  FASTATTN_HD constexpr int blocks_k() const { return ceil_div(num_k, block.k); }
+  FASTATTN_HD constexpr TileShape cell(TileShape shape) const {
+    return {min_of(shape.q, block.q), min_of(shape.k, block.k)};
+  }
+
+  // How much is kept of the cell at (q, k), which lies in one listed block.
+  FASTATTN_HD constexpr Share share(int q, int k, TileShape cell, bool full) const {
+    const int q_end = min_of(q + cell.q, num_q), k_end = min_of(k + cell.k, num_k);
+    const int lowest = k - (q_end - 1) - (num_k - num_q), highest = k_end - 1 - q - (num_k - num_q);
+    const bool any = full || (-left <= highest && lowest <= right);
+    const bool all = full || (-left <= lowest && highest <= right);
+    if (q >= q_end || k >= k_end || !any) {
+      return Share::kNothing;
+    }
+    const bool ragged = q_end - q < cell.q || k_end - k < cell.k;
+    return all && !ragged ? Share::kAll : Share::kSome;
+  }
+
+  FASTATTN_HD constexpr Entry find(int row, int column) const {
+    if (row >= blocks_q() || column >= blocks_k()) {
+      return {false, false};
+    }
+    const std::int64_t begin = std::int64_t{row} * blocks_k();
+    int low = 0, high = rows.counts[row];
+    while (low < high) {
+      const int middle = (low + high) / 2;
+      if (rows.indices[begin + middle] < column) {
+        low = middle + 1;
+      } else {
+        high = middle;
+      }
+    }
+    const bool kept = low < rows.counts[row] && rows.indices[begin + low] == column;
+    return {kept, kept && rows.full != nullptr && rows.full[begin + low]};
+  }
+
+  FASTATTN_HD constexpr BlockList from_row(std::int64_t row) const {
+    BlockList list = *this;
+    list.rows = skip(rows, row, blocks_k());
+    return list;
+  }
+
+  FASTATTN_HD static constexpr BlockRows skip(const BlockRows& rows, std::int64_t count, int width) {
+    return {rows.counts + count, rows.indices + count * width,
+            rows.full != nullptr ? rows.full + count * width : nullptr};
+  }
+};
+
+// One row of blocks, read entry by entry.
+struct BlockRowReader {
+  int at, end;  // entries, counted from the first row of the tile
+  int block;    // what entry `at` names
+  bool full;
+
+  static constexpr int kPastTheEnd = std::numeric_limits<int>::max();
+
+  FASTATTN_HD constexpr void read(const BlockRows& rows) {
+    block = at < end ? rows.indices[at] : kPastTheEnd;
+    full = at < end && rows.full != nullptr && rows.full[at];
+  }
+};
+
+struct BlockList::Cursor {
+  BlockList list;  // its rows start at the tile's first row of blocks
+  TileShape shape;
+  int q_first;
+  int block_end;  // no block from here on keeps anything
+  int next_tile;
+  BlockRowReader first, second;  // the tile's rows of blocks
+  TileRun ahead;                 // what was read and is not yet yielded; count 0: nothing
+
+  FASTATTN_HD constexpr bool next(TileRun& run) {
+    if (ahead.count == 0) {
+      return false;
+    }
+    run = ahead;
+    for (find_tile(); ahead.count != 0 && ahead.first == run.first + run.count && ahead.coverage == run.coverage &&
+                      run.count < kLongestRun;
+         find_tile()) {
+      ++run.count;
+    }
+    return true;
+  }
+
+  // The next tile that keeps anything goes into `ahead`.
+  FASTATTN_HD constexpr void find_tile() {
+    ahead.count = 0;
+    while (ahead.count == 0) {
+      const int block = min_of(first.block, second.block);
+      if (block >= block_end) {
+        return;
+      }
+      const int tile = max_of(next_tile, block * list.block.k / shape.k);
+      next_tile = tile + 1;
+      const TileShape cell = list.cell(shape);
+      int kept_cells = 0, full_cells = 0;
+      read_tile(first, q_first, tile, kept_cells, full_cells);
+      read_tile(second, q_first + cell.q, tile, kept_cells, full_cells);
+      const bool full = full_cells == shape.q / cell.q * (shape.k / cell.k);
+      ahead = {tile, kept_cells > 0, full ? Coverage::kFull : Coverage::kPartial};
+    }
+  }
+
+  // Counts the row's cells in a tile, and leaves behind the blocks that end in it.
+  FASTATTN_HD constexpr void read_tile(BlockRowReader& row, int q, int tile, int& kept_cells, int& full_cells) {
+    const int k_begin = tile * shape.k, k_end = k_begin + shape.k;
+    while (row.block < block_end && row.block * list.block.k < k_end) {
+      const int k = max_of(k_begin, row.block * list.block.k);
+      const Share share = list.share(q, k, list.cell(shape), row.full);
+      kept_cells += share != Share::kNothing;
+      full_cells += share == Share::kAll;
+      if ((row.block + 1) * list.block.k > k_end) {
+        break;
+      }
+      ++row.at;
+      row.read(list.rows);
+    }
+  }
+};
+
+FASTATTN_HD constexpr BlockList::Cursor BlockList::runs(int q_tile, TileShape shape) const {
+  const int q_first = q_tile * shape.q, q_last = min_of(q_first + shape.q, num_q) - 1;
+  const int band_end = rows.full != nullptr ? num_k : min_of(q_last + (num_k - num_q) + right + 1, num_k);
+  const int row = q_first / block.q, width = blocks_k();
+  Cursor cursor{from_row(row), shape, q_first, ceil_div(max_of(band_end, 0), block.k), 0, {}, {}, {}};
+  cursor.first = {0, rows.counts[row], 0, false};
+  cursor.first.read(cursor.list.rows);
+  const bool two_rows = shape.q > block.q && row + 1 < blocks_q();
+  cursor.second = {width, two_rows ? width + rows.counts[row + 1] : width, 0, false};
+  cursor.second.read(cursor.list.rows);
+  cursor.find_tile();
+  return cursor;
+}
+
+// The lists of all heads, [batch, heads, rows of blocks(, blocks in a row)]; an extent of 1 is shared by all.
+struct BlockLists {
+  BlockList first;  // of batch 0 and head 0
+  int batch, heads;
+
+  FASTATTN_HD constexpr BlockList at(int b, int h) const {
+    const std::int64_t index = std::int64_t{batch == 1 ? 0 : b} * heads + (heads == 1 ? 0 : h);
+    BlockList list = first;
+    list.rows = BlockList::skip(first.rows, index * first.blocks_q(), first.blocks_k());
+    if (first.columns.counts != nullptr) {
+      list.columns = BlockList::skip(first.columns, index * first.blocks_k(), first.blocks_q());
+    }
+    return list;
+  }
+};
+
+static_assert(TileSchedule<BlockList>);
+static_assert([] {
+  const std::int32_t counts[] = {1, 2, 0}, indices[] = {1, -1, 0, 1, -1, -1};
+  const BlockRows rows{counts, indices, nullptr};
+  return is_exact(BlockList{9, 7, 16, 0, {4, 4}, rows, {}}, {4, 4});
+}());
+
+}  // namespace fastattn
