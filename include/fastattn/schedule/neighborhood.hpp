@@ -1,0 +1,294 @@
+// Generalized neighborhood attention in one, two or three dimensions: each query keeps a box of keys around itself.
+//
+// Along an axis, a token at coordinate c belongs to dilation group c mod dilation, at position c div dilation. A query
+// sees its own group only, and there a window of positions, which the `stride` queries of a stride group share. The
+// mask is the conjunction of the axes, so that what a query keeps is a box, and so is what a tile of queries keeps.
+//
+// A tile is a box of positions of one dilation group. Tokens in the order of their tiles are called slots: dilation
+// groups row-major, then the group's tiles row-major, then the tile's tokens row-major. Tiles are padded to whole
+// boxes; a slot of padding keeps nothing and is kept by nothing.
+#pragma once
+
+#include "fastattn/schedule/schedule.hpp"
+
+namespace fastattn {
+
+inline constexpr int kAxes = 3;
+
+// One value for each axis, outermost first. Indexed by constants once the loops are unrolled, hence in registers.
+template <class T>
+struct PerAxis {
+  T at[kAxes];
+
+  FASTATTN_HD constexpr PerAxis() : at{} {}
+  FASTATTN_HD constexpr PerAxis(T outer, T middle, T inner) : at{outer, middle, inner} {}
+  FASTATTN_HD constexpr T& operator[](int axis) { return at[axis]; }
+  FASTATTN_HD constexpr const T& operator[](int axis) const { return at[axis]; }
+};
+
+FASTATTN_HD constexpr int product(const PerAxis<int>& x) { return x[0] * x[1] * x[2]; }
+
+// begin ≤ x < end
+struct Interval {
+  int begin, end;
+
+  FASTATTN_HD constexpr bool contains(int x) const { return begin <= x && x < end; }
+  FASTATTN_HD constexpr bool empty() const { return begin >= end; }
+};
+
+// The problem along one axis. A problem of fewer dimensions leads with axes of length 1.
+struct NeighborhoodAxis {
+  int length;
+  int window = -1;               // positions; −1 or more than there are: all of them
+  int stride = 1, dilation = 1;  // 1 ≤ stride ≤ window
+  bool causal = false;
+};
+
+// The windows along one axis of one dilation group with `length` positions, of which every window spans `window`.
+struct WindowRule {
+  int length, window, stride;
+  bool causal;
+
+  // A stride group has the window of its leader: the query in its middle or, if causal, its last one. At an edge the
+  // window moves inwards as a whole.
+  FASTATTN_HD constexpr Interval keys_of(int query) const {
+    const int leader = min_of(query / stride * stride + leader_offset(), length - 1);
+    const int begin = max_of(min_of(leader - left(), length - window), 0);
+    return {begin, causal ? query + 1 : begin + window};
+  }
+
+  // Windows begin and end in the order of their queries: a key is kept by those whose window has begun and not ended.
+  FASTATTN_HD constexpr Interval queries_of(int key) const {
+    return {causal ? key : windows_begun(key - window), windows_begun(key)};
+  }
+
+ private:
+  FASTATTN_HD constexpr int leader_offset() const { return causal ? stride - 1 : stride / 2; }
+  FASTATTN_HD constexpr int left() const { return causal ? window - 1 : window / 2; }
+
+  // Number of queries whose window begins at `key` or before.
+  FASTATTN_HD constexpr int windows_begun(int key) const {
+    if (key < 0) {
+      return 0;
+    }
+    if (key >= length - window) {
+      return length;
+    }
+    return min_of((key + left() - leader_offset() + stride) / stride * stride, length);
+  }
+};
+
+// Where a slot is: its dilation group, and its position in that group (past the end of the group: padding).
+struct SlotPlace {
+  PerAxis<int> group, position;
+};
+
+// How the tokens of one side are cut into tiles: boxes of `extent` positions, `tiles` of them in each dilation group.
+struct BoxTiling {
+  PerAxis<int> extent, tiles;
+};
+
+// kTransposed: the queries of this schedule are the keys of the problem. Made by make_neighborhood and transposed().
+template <bool kTransposed>
+struct NeighborhoodSchedule {
+  int num_q, num_k;  // slots
+  PerAxis<NeighborhoodAxis> axes;
+  BoxTiling q_tiling, k_tiling;
+
+  // Yields the box of key tiles row by row, cut where full tiles begin and end.
+  struct Cursor {
+    PerAxis<Interval> any, full;  // tiles with some kept score, tiles with nothing but kept scores
+    PerAxis<int> at;
+    PerAxis<int> tiles;
+    int first_of_group;
+
+    FASTATTN_HD constexpr bool next(TileRun& run) {
+      if (at[0] >= any[0].end) {
+        return false;
+      }
+      const bool row_has_full = full[0].contains(at[0]) && full[1].contains(at[1]);
+      const bool is_full = row_has_full && full[2].contains(at[2]);
+      const bool before_full = row_has_full && at[2] < full[2].begin;
+      const int stop = is_full ? full[2].end : (before_full ? full[2].begin : any[2].end);
+      run = {first_of_group + (at[0] * tiles[1] + at[1]) * tiles[2] + at[2], stop - at[2],
+             is_full ? Coverage::kFull : Coverage::kPartial};
+      at[2] = stop;
+      if (at[2] == any[2].end) {
+        at[2] = any[2].begin;
+        if (++at[1] == any[1].end) {
+          at[1] = any[1].begin;
+          ++at[0];
+        }
+      }
+      return true;
+    }
+  };
+
+  FASTATTN_HD constexpr TileShape tile_shape() const { return {product(q_tiling.extent), product(k_tiling.extent)}; }
+
+  FASTATTN_HD constexpr bool keeps(int q, int k) const {
+    if (q < 0 || q >= num_q || k < 0 || k >= num_k) {
+      return false;
+    }
+    const SlotPlace query = place(q_tiling, q), key = place(k_tiling, k);
+    const PerAxis<Interval> kept = kept_keys(query);
+    bool keeps = true;
+    for (int a = 0; a < kAxes; ++a) {
+      keeps = keeps && query.group[a] == key.group[a] && kept[a].contains(key.position[a]);
+    }
+    return keeps;
+  }
+
+  // The positions that a query keeps in its dilation group; none if it is padding.
+  FASTATTN_HD constexpr PerAxis<Interval> kept_keys(const SlotPlace& query) const {
+    PerAxis<Interval> kept;
+    for (int a = 0; a < kAxes; ++a) {
+      const WindowRule rule = rule_of(a, query.group[a]);
+      kept[a] = query.position[a] < rule.length ? kept_by(rule, query.position[a]) : Interval{0, 0};
+    }
+    return kept;
+  }
+
+  // `shape` is tile_shape(): a box has no other.
+  FASTATTN_HD constexpr Cursor runs(int q_tile, TileShape) const {
+    const SlotPlace origin = place_of_tile(q_tiling, q_tile);
+    Cursor cursor{};
+    bool empty = false;
+    for (int a = 0; a < kAxes; ++a) {
+      const WindowRule rule = rule_of(a, origin.group[a]);
+      const int first = origin.position[a], end = first + q_tiling.extent[a];
+      const Interval kept_first = kept_by(rule, first), kept_last = kept_by(rule, min_of(end, rule.length) - 1);
+      const int extent = k_tiling.extent[a];
+      cursor.any[a] = {kept_first.begin / extent, ceil_div(kept_last.end, extent)};
+      cursor.full[a] = {ceil_div(kept_last.begin, extent), kept_first.end / extent};
+      if (end > rule.length || cursor.full[a].empty()) {  // a query of padding keeps nothing
+        cursor.full[a] = {cursor.any[a].end, cursor.any[a].end};
+      }
+      cursor.at[a] = cursor.any[a].begin;
+      cursor.tiles[a] = k_tiling.tiles[a];
+      empty = empty || first >= rule.length || cursor.any[a].empty();
+    }
+    cursor.first_of_group = q_tile / product(q_tiling.tiles) * product(k_tiling.tiles);
+    if (empty) {
+      cursor.at[0] = cursor.any[0].end;
+    }
+    return cursor;
+  }
+
+  FASTATTN_HD constexpr NeighborhoodSchedule<!kTransposed> transposed() const {
+    return {num_k, num_q, axes, k_tiling, q_tiling};
+  }
+
+  // Row-major index of a slot's token, −1 for padding.
+  FASTATTN_HD constexpr int query_token(int slot) const { return token(q_tiling, slot, num_q); }
+  FASTATTN_HD constexpr int key_token(int slot) const { return token(k_tiling, slot, num_k); }
+
+  FASTATTN_HD constexpr SlotPlace query_place(int slot) const { return place(q_tiling, slot); }
+  FASTATTN_HD constexpr SlotPlace key_place(int slot) const { return place(k_tiling, slot); }
+
+  // Coordinates of a tile's first token, where a tensor map starts to read with a step of `dilation`. Those past the
+  // end of an axis are padding.
+  FASTATTN_HD constexpr PerAxis<int> query_origin(int q_tile) const {
+    return coordinates(place_of_tile(q_tiling, q_tile));
+  }
+  FASTATTN_HD constexpr PerAxis<int> key_origin(int k_tile) const {
+    return coordinates(place_of_tile(k_tiling, k_tile));
+  }
+
+  // The number of kept scores: the pairs of a product set are counted axis by axis.
+  constexpr long kept_scores() const {
+    long scores = 1;
+    for (int a = 0; a < kAxes; ++a) {
+      long pairs = 0;
+      for (int group = 0; group < axes[a].dilation; ++group) {
+        const WindowRule rule = rule_of(a, group);
+        for (int query = 0; query < rule.length; ++query) {
+          const Interval kept = kept_by(rule, query);
+          pairs += kept.end - kept.begin;
+        }
+      }
+      scores *= pairs;
+    }
+    return scores;
+  }
+
+ private:
+  FASTATTN_HD constexpr WindowRule rule_of(int a, int group) const {
+    const NeighborhoodAxis& axis = axes[a];
+    const int length = (axis.length - group + axis.dilation - 1) / axis.dilation;
+    return {length, min_of(axis.window, length), axis.stride, axis.causal};
+  }
+
+  FASTATTN_HD static constexpr Interval kept_by(const WindowRule& rule, int position) {
+    if constexpr (kTransposed) {
+      return rule.queries_of(position);
+    } else {
+      return rule.keys_of(position);
+    }
+  }
+
+  FASTATTN_HD constexpr SlotPlace place_of_tile(const BoxTiling& tiling, int tile) const {
+    SlotPlace place;
+    for (int a = kAxes - 1; a >= 0; --a) {
+      place.position[a] = tile % tiling.tiles[a] * tiling.extent[a];
+      tile /= tiling.tiles[a];
+    }
+    for (int a = kAxes - 1; a >= 0; --a) {
+      place.group[a] = tile % axes[a].dilation;
+      tile /= axes[a].dilation;
+    }
+    return place;
+  }
+
+  FASTATTN_HD constexpr SlotPlace place(const BoxTiling& tiling, int slot) const {
+    const int slots_per_tile = product(tiling.extent);
+    SlotPlace place = place_of_tile(tiling, slot / slots_per_tile);
+    int inside = slot % slots_per_tile;
+    for (int a = kAxes - 1; a >= 0; --a) {
+      place.position[a] += inside % tiling.extent[a];
+      inside /= tiling.extent[a];
+    }
+    return place;
+  }
+
+  FASTATTN_HD constexpr PerAxis<int> coordinates(const SlotPlace& place) const {
+    PerAxis<int> at;
+    for (int a = 0; a < kAxes; ++a) {
+      at[a] = place.group[a] + place.position[a] * axes[a].dilation;
+    }
+    return at;
+  }
+
+  FASTATTN_HD constexpr int token(const BoxTiling& tiling, int slot, int num_slots) const {
+    if (slot < 0 || slot >= num_slots) {
+      return -1;
+    }
+    const PerAxis<int> at = coordinates(place(tiling, slot));
+    const bool exists = at[0] < axes[0].length && at[1] < axes[1].length && at[2] < axes[2].length;
+    return exists ? (at[0] * axes[1].length + at[1]) * axes[2].length + at[2] : -1;
+  }
+};
+
+using Neighborhood = NeighborhoodSchedule<false>;
+
+// The schedule of a valid problem with query tiles of `q_box` and key tiles of `k_box` positions.
+constexpr Neighborhood make_neighborhood(PerAxis<NeighborhoodAxis> axes, PerAxis<int> q_box, PerAxis<int> k_box) {
+  BoxTiling q_tiling{q_box, {}}, k_tiling{k_box, {}};
+  int groups = 1;
+  for (int a = 0; a < kAxes; ++a) {
+    NeighborhoodAxis& axis = axes[a];
+    axis.window = axis.window == -1 ? axis.length : axis.window;
+    axis.dilation = max_of(min_of(axis.dilation, axis.length), 1);  // beyond the axis, there are only empty groups more
+    const int longest_group = ceil_div(axis.length, axis.dilation);
+    q_tiling.tiles[a] = ceil_div(longest_group, q_box[a]);
+    k_tiling.tiles[a] = ceil_div(longest_group, k_box[a]);
+    groups *= axis.dilation;
+  }
+  return {groups * product(q_tiling.tiles) * product(q_box), groups * product(k_tiling.tiles) * product(k_box), axes,
+          q_tiling, k_tiling};
+}
+
+static_assert(TileSchedule<Neighborhood> && TileSchedule<NeighborhoodSchedule<true>>);
+static_assert(is_exact(make_neighborhood({{1}, {3, 2}, {11, 3, 2, 2}}, {1, 2, 2}, {1, 1, 4}), {4, 4}));
+
+}  // namespace fastattn
