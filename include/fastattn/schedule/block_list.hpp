@@ -4,12 +4,13 @@
 // block? One list with flags, not a second list of full blocks: the cursor follows one position per row instead of
 // merging two, and no content of the buffers can name a block twice or call full what is not kept.
 //
-// Tiles need not be blocks. On either axis a tile is a block, an even part of one, or two blocks; so a tile has at most
-// 2 × 2 cells, a cell lies in one block, and a tile is full when all its cells are.
+// Tiles need not be blocks: a tile may be a block, a part of one, two of them, or lie across an edge. Where it meets at
+// most two blocks on either axis, it has at most 2 × 2 cells, each in one block, and is full when all its cells are.
 #pragma once
 
 #include <cstdint>
 #include <limits>
+#include <numeric>
 
 #include "fastattn/schedule/band.hpp"
 
@@ -53,9 +54,9 @@ struct BlockList {
     }
   };
 
-  // Tiles that runs() and tile_mask() can work in.
-  FASTATTN_HD constexpr bool supports(TileShape shape) const {
-    const auto fits = [](int tile, int block) { return block % tile == 0 || tile == 2 * block; };
+  // Is there no tile of this shape that meets more than two blocks on an axis? runs() and tile_mask() need that.
+  constexpr bool supports(TileShape shape) const {
+    const auto fits = [](int tile, int block) { return tile <= block + std::gcd(tile, block); };
     return fits(shape.q, block.q) && fits(shape.k, block.k);
   }
 
@@ -71,7 +72,8 @@ struct BlockList {
   FASTATTN_HD constexpr TileMask tile_mask(int q_tile, int k_tile, TileShape shape) const {
     const int row = q_tile * shape.q / block.q, column = k_tile * shape.k / block.k;
     TileMask mask{band(), (row + 1) * block.q, (column + 1) * block.k, 1, 0};
-    if (shape.q <= block.q && shape.k <= block.k && rows.full == nullptr) {
+    const bool one_block = (q_tile + 1) * shape.q <= mask.q_split && (k_tile + 1) * shape.k <= mask.k_split;
+    if (one_block && rows.full == nullptr) {
       return mask;
     }
     mask.kept = 0;
@@ -93,9 +95,6 @@ struct BlockList {
   FASTATTN_HD constexpr Band band() const { return {num_q, num_k, left, right}; }
   FASTATTN_HD constexpr int blocks_q() const { return ceil_div(num_q, block.q); }
   FASTATTN_HD constexpr int blocks_k() const { return ceil_div(num_k, block.k); }
-  FASTATTN_HD constexpr TileShape cell(TileShape shape) const {
-    return {min_of(shape.q, block.q), min_of(shape.k, block.k)};
-  }
 
   // How much is kept of the cell at (q, k), which lies in one listed block.
   FASTATTN_HD constexpr Share share(int q, int k, TileShape cell, bool full) const {
@@ -157,8 +156,8 @@ struct BlockRowReader {
 struct BlockList::Cursor {
   BlockList list;  // its rows start at the tile's first row of blocks
   TileShape shape;
-  int q_first;
-  int block_end;  // no block from here on keeps anything
+  int q_first, q_split;  // the tile's first query, and where its second row of blocks begins
+  int block_end;         // no block from here on keeps anything
   int next_tile;
   BlockRowReader first, second;  // the tile's rows of blocks
   TileRun ahead;                 // what was read and is not yet yielded; count 0: nothing
@@ -186,23 +185,23 @@ struct BlockList::Cursor {
       }
       const int tile = max_of(next_tile, block * list.block.k / shape.k);
       next_tile = tile + 1;
-      const TileShape cell = list.cell(shape);
-      int kept_cells = 0, full_cells = 0;
-      read_tile(first, q_first, tile, kept_cells, full_cells);
-      read_tile(second, q_first + cell.q, tile, kept_cells, full_cells);
-      const bool full = full_cells == shape.q / cell.q * (shape.k / cell.k);
-      ahead = {tile, kept_cells > 0, full ? Coverage::kFull : Coverage::kPartial};
+      bool any = false;
+      int full_scores = 0;
+      read_tile(first, q_first, q_split, tile, any, full_scores);
+      read_tile(second, q_split, q_first + shape.q, tile, any, full_scores);
+      ahead = {tile, any, full_scores == shape.q * shape.k ? Coverage::kFull : Coverage::kPartial};
     }
   }
 
-  // Counts the row's cells in a tile, and leaves behind the blocks that end in it.
-  FASTATTN_HD constexpr void read_tile(BlockRowReader& row, int q, int tile, int& kept_cells, int& full_cells) {
+  // Adds up what queries [q, q_end) keep of a tile, and leaves behind the blocks that end in it.
+  FASTATTN_HD constexpr void read_tile(BlockRowReader& row, int q, int q_end, int tile, bool& any, int& full_scores) {
     const int k_begin = tile * shape.k, k_end = k_begin + shape.k;
     while (row.block < block_end && row.block * list.block.k < k_end) {
       const int k = max_of(k_begin, row.block * list.block.k);
-      const Share share = list.share(q, k, list.cell(shape), row.full);
-      kept_cells += share != Share::kNothing;
-      full_cells += share == Share::kAll;
+      const TileShape cell{q_end - q, min_of(k_end, (row.block + 1) * list.block.k) - k};
+      const Share share = list.share(q, k, cell, row.full);
+      any = any || share != Share::kNothing;
+      full_scores += share == Share::kAll ? cell.q * cell.k : 0;
       if ((row.block + 1) * list.block.k > k_end) {
         break;
       }
@@ -215,11 +214,12 @@ struct BlockList::Cursor {
 FASTATTN_HD constexpr BlockList::Cursor BlockList::runs(int q_tile, TileShape shape) const {
   const int q_first = q_tile * shape.q, q_last = min_of(q_first + shape.q, num_q) - 1;
   const int band_end = rows.full != nullptr ? num_k : min_of(q_last + (num_k - num_q) + right + 1, num_k);
-  const int row = q_first / block.q, width = blocks_k();
-  Cursor cursor{from_row(row), shape, q_first, ceil_div(max_of(band_end, 0), block.k), 0, {}, {}, {}};
+  const int row = q_first / block.q, width = blocks_k(), block_end = ceil_div(max_of(band_end, 0), block.k);
+  const int q_split = min_of((row + 1) * block.q, q_first + shape.q);
+  Cursor cursor{from_row(row), shape, q_first, q_split, block_end, 0, {}, {}, {}};
   cursor.first = {0, rows.counts[row], 0, false};
   cursor.first.read(cursor.list.rows);
-  const bool two_rows = shape.q > block.q && row + 1 < blocks_q();
+  const bool two_rows = q_split < q_first + shape.q && row + 1 < blocks_q();
   cursor.second = {width, two_rows ? width + rows.counts[row + 1] : width, 0, false};
   cursor.second.read(cursor.list.rows);
   cursor.find_tile();
