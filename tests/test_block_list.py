@@ -121,6 +121,17 @@ def test_sink_and_window_against_brute_force(block_size: tuple[int, int], seq_q:
             assert set(mask[0, h, i].nonzero().flatten().tolist()) == kept
 
 
+def test_sink_and_window_are_built_where_their_tensors_are() -> None:
+    heads = torch.ones(2, dtype=torch.int64, device="meta")
+    for blocks in (
+        BlockList.sink_and_window(heads, 1, seq_q=200, seq_k=300),
+        BlockList.sink_and_window(1, heads, seq_q=200, seq_k=300),
+        BlockList.sink_and_window(1, 1, seq_q=200, seq_k=300, device="meta"),
+    ):
+        assert blocks.counts.is_meta
+        assert blocks.indices.is_meta
+
+
 # Transposition.
 
 

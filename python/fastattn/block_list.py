@@ -146,6 +146,7 @@ class BlockList:
         is these, one of 2 has a block more before them and, if not causal, one after. Ints, or integer tensors
         ``[heads]``.
         """
+        device = next((x.device for x in (sink, window) if isinstance(x, Tensor)), device)
         sinks, windows = _per_head("sink", sink, device), _per_head("window", window, device)
         if sinks.shape[0] != windows.shape[0] and 1 not in (sinks.shape[0], windows.shape[0]):
             raise ValueError(
@@ -201,7 +202,7 @@ class BlockList:
     # Other forms.
 
     def to_block_mask(self) -> BlockMask:
-        """The same mask for FlexAttention: blocks that ``causal`` cuts, and full ones."""
+        """The same mask for a compiled ``flex_attention``; uncompiled, it asks ``mask_mod`` alone and reads no blocks."""
         mask = full = self.to_mask()
         diagonal = self.seq_k - self.seq_q
         if self.causal:
