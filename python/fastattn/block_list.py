@@ -202,7 +202,7 @@ class BlockList:
     # Other forms.
 
     def to_block_mask(self) -> BlockMask:
-        """The same mask for a compiled ``flex_attention``; uncompiled, it asks ``mask_mod`` alone and reads no blocks."""
+        """The same mask for a compiled ``flex_attention``; uncompiled, that asks ``mask_mod`` alone everywhere."""
         mask = full = self.to_mask()
         diagonal = self.seq_k - self.seq_q
         if self.causal:
