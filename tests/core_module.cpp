@@ -35,7 +35,8 @@ void bind_element(nb::module_& m, const char* to_bits, const char* to_value) {
 
 }  // namespace
 
-void bind_block_list(nb::module_& m);  // tests/core_block_list.cpp
+void bind_block_list(nb::module_& m);    // tests/core_block_list.cpp
+void bind_neighborhood(nb::module_& m);  // tests/core_neighborhood.cpp
 
 NB_MODULE(fastattn_core, m) {
   nb::class_<Band>(m, "Band")
@@ -48,6 +49,7 @@ NB_MODULE(fastattn_core, m) {
       .def("transposed", &Band::transposed)
       .def("is_exact", [](const Band& band, int q, int k) { return is_exact(band, {q, k}); });
   bind_block_list(m);
+  bind_neighborhood(m);
   bind_element<BFloat16>(m, "bfloat16_bits", "bfloat16_value");
   bind_element<Float16>(m, "float16_bits", "float16_value");
 }

@@ -4,6 +4,7 @@ Written for float64 and for comparison. Nothing here shares code with the kernel
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -41,11 +42,103 @@ def attention(
     window: tuple[int, int] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp of ``fastattn.attention``, in the dtype of ``q``; autograd differentiates it."""
+    keep = band_mask(q.shape[1], k.shape[1], causal=causal, window=window, device=q.device)
+    return masked_attention(q, k, v, keep, scale=scale)
+
+
+def sigmoid_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    bias: float | Tensor | None = None,
+    scale: float | None = None,
+    causal: bool = False,
+    window: tuple[int, int] | None = None,
+) -> Tensor:
+    """Output of ``fastattn.sigmoid_attention``, in the dtype of ``q``; autograd differentiates it."""
+    keep = band_mask(q.shape[1], k.shape[1], causal=causal, window=window, device=q.device)
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+    if bias is None:
+        bias = -math.log(k.shape[1]) if k.shape[1] else 0.0
+    if isinstance(bias, Tensor):
+        bias = bias[:, None, None]  # one for each head
+    group = q.shape[2] // k.shape[2] if k.shape[2] else 1
+    k = k.repeat_interleave(group, dim=2)
+    v = v.repeat_interleave(group, dim=2)
+    weights = torch.sigmoid(scale * torch.einsum("bqhd,bkhd->bhqk", q, k) + bias).masked_fill(~keep, 0)
+    return torch.einsum("bhqk,bkhd->bqhd", weights, v)
+
+
+def neighborhood_mask(
+    axes: Sequence[int],
+    *,
+    window: int | Sequence[int],
+    stride: int | Sequence[int] = 1,
+    dilation: int | Sequence[int] = 1,
+    causal: bool | Sequence[bool] = False,
+) -> Tensor:
+    """Which key each query sees in ``neighborhood_attention``: bool ``[tokens, tokens]``, tokens in row-major order.
+
+    A window of -1 is the whole axis, and so is one that is larger than the axis or its dilation group.
+    """
+    per_axis = [
+        [value] * len(axes) if isinstance(value, int) else list(value) for value in (window, stride, dilation, causal)
+    ]
+    keep = torch.ones(1, 1, dtype=torch.bool)
+    for axis in zip(axes, *per_axis, strict=True):
+        along = _axis_mask(*axis)
+        tokens = len(keep) * len(along)
+        keep = (keep[:, None, :, None] & along[None, :, None, :]).reshape(tokens, tokens)
+    return keep
+
+
+def _axis_mask(length: int, window: int, stride: int, dilation: int, causal: bool) -> Tensor:
+    keep = torch.zeros(length, length, dtype=torch.bool)
+    for first in range(min(dilation, length)):
+        group = range(first, length, dilation)  # a query sees keys of its own dilation group only
+        last = len(group) - 1
+        width = len(group) if window == -1 else min(window, len(group))
+        for i, query in enumerate(group):
+            # Queries of one stride group share the window of its leader.
+            if causal:
+                leader = min(i // stride * stride + stride - 1, last)
+                start, end = max(leader - width + 1, 0), i + 1
+            else:
+                leader = min(i // stride * stride + stride // 2, last)
+                start = max(min(leader - width // 2, len(group) - width), 0)
+                end = start + width
+            keep[query, list(group[start:end])] = True
+    return keep
+
+
+def neighborhood_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    window: int | Sequence[int],
+    stride: int | Sequence[int] = 1,
+    dilation: int | Sequence[int] = 1,
+    causal: bool | Sequence[bool] = False,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Output ``[batch, X1(, X2(, X3)), heads, head_dim]`` and log-sum-exp ``[batch, heads, X1(, X2(, X3))]``."""
+    axes = q.shape[1:-2]
+    keep = neighborhood_mask(axes, window=window, stride=stride, dilation=dilation, causal=causal)
+    q, k, v = (x.flatten(1, -3) for x in (q, k, v))
+    out, lse = masked_attention(q, k, v, keep.to(q.device), scale=scale)
+    return out.unflatten(1, axes), lse.unflatten(2, axes)
+
+
+def masked_attention(
+    q: Tensor, k: Tensor, v: Tensor, keep: Tensor, *, scale: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """Softmax attention over the scores that ``keep``, bool ``[seq_q, seq_k]``, names."""
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     group = q.shape[2] // k.shape[2] if k.shape[2] else 1
     k = k.repeat_interleave(group, dim=2)
     v = v.repeat_interleave(group, dim=2)
-    keep = band_mask(q.shape[1], k.shape[1], causal=causal, window=window, device=q.device)
     sees = keep.any(-1)  # [seq_q]: the others have no softmax
     scores = scale * torch.einsum("bqhd,bkhd->bhqk", q, k)
     scores = scores.masked_fill(~keep, -math.inf).masked_fill(~sees[:, None], 0)
