@@ -65,7 +65,7 @@ class CpuDevice final : public Device {
 
 std::unique_ptr<Device> cpu_device() { return std::make_unique<CpuDevice>(); }
 
-#if !defined(FASTATTN_WITH_CUDA)
+#if !FASTATTN_WITH_CUDA
 std::unique_ptr<Device> cuda_device() {
   throw std::runtime_error("--device cuda: this fastattn_bench was built without CUDA; allowed: cpu");
 }

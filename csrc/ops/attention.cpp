@@ -1,6 +1,5 @@
 // attention on the CPU: checks, then the kernels of the best instruction set this machine has.
-#include "cpu/attention_kernels.hpp"
-#include "cpu/instruction_set.hpp"
+#include "cpu/kernels.hpp"
 #include "fastattn/cpu/parallel.hpp"
 #include "fastattn/fastattn.hpp"
 #include "validate.hpp"
@@ -11,22 +10,7 @@ namespace {
 
 static_assert(kMaxHeadDim <= cpu::kMaxHeadDim);
 
-// Null where this machine lacks AVX2.
-const cpu::AttentionKernels* kernels() {
-  switch (cpu::instruction_set()) {
-    case cpu::InstructionSet::kAvx512:
-      return &cpu::kAttentionAvx512;
-    case cpu::InstructionSet::kAvx2:
-      return &cpu::kAttentionAvx2;
-    case cpu::InstructionSet::kNone:
-      break;
-  }
-  return nullptr;
-}
-
-Status no_kernels(const char* op) {
-  return failure("%s: the CPU kernels need a processor with AVX2, FMA and F16C", op);
-}
+const cpu::AttentionKernels* kernels() { return cpu::best_of(cpu::kAttentionAvx2, cpu::kAttentionAvx512); }
 
 }  // namespace
 
@@ -35,7 +19,7 @@ Status attention(const Attention& problem, const Threads& threads) {
     return status;
   }
   if (kernels() == nullptr) {
-    return no_kernels("attention");
+    return no_cpu_kernels("attention");
   }
   kernels()->forward(problem, band_of(problem), threads);
   return {};
@@ -54,29 +38,19 @@ Status attention_backward(const AttentionBackward& problem, const Threads& threa
     return failure("attention_backward: workspace has no data");
   }
   if (kernels() == nullptr) {
-    return no_kernels("attention_backward");
+    return no_cpu_kernels("attention_backward");
   }
   kernels()->backward(problem, band_of(problem.forward), threads);
   return {};
 }
 
-#if FASTATTN_WITH_CUDA
+#if !FASTATTN_WITH_CUDA
 
-bool built_with_cuda() { return true; }
-
-#else
-
-bool built_with_cuda() { return false; }
-
-Status attention(const Attention&, Stream) {
-  return failure("attention: this fastattn is built without CUDA; its tensors must be on the CPU");
-}
+Status attention(const Attention&, Stream) { return built_without_cuda("attention"); }
 
 std::size_t attention_backward_workspace(const AttentionBackward&, Stream) { return 0; }
 
-Status attention_backward(const AttentionBackward&, Stream) {
-  return failure("attention_backward: this fastattn is built without CUDA; its tensors must be on the CPU");
-}
+Status attention_backward(const AttentionBackward&, Stream) { return built_without_cuda("attention_backward"); }
 
 #endif
 

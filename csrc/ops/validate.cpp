@@ -68,13 +68,21 @@ Status check_window_side(const char* op, const char* side, std::int64_t width) {
   return {};
 }
 
-Status check_forward(const char* op, const Attention& problem) {
-  const auto& [q, k, v, out, lse, scale, window] = problem;
+// The tensor is laid out as the kernels want it and has the shape of `like`.
+Status check_like(const char* op, Named tensor, Named like, DType dtype) {
+  const Status status = check_layout(op, tensor, dtype);
+  return status.ok() ? check_shape(op, tensor, like) : status;
+}
+
+// What every op over a band has: its three inputs, the scale and the window.
+template <class Problem>
+Status check_inputs(const char* op, const Problem& problem) {
+  const TensorView &q = problem.q, &k = problem.k, &v = problem.v;
   const DType dtype = q.dtype;
   if (dtype != DType::kFloat32 && dtype != DType::kFloat16 && dtype != DType::kBFloat16) {
     return failure("%s: q must be float32, float16 or bfloat16, got %s", op, name_of(dtype));
   }
-  for (const Named tensor : {Named{"q", q}, Named{"k", k}, Named{"v", v}, Named{"out", out}}) {
+  for (const Named tensor : {Named{"q", q}, Named{"k", k}, Named{"v", v}}) {
     if (Status status = check_layout(op, tensor, dtype); !status.ok()) {
       return status;
     }
@@ -100,16 +108,41 @@ Status check_forward(const char* op, const Attention& problem) {
   if (Status status = check_shape(op, {"v", v}, {"k", k}); !status.ok()) {
     return status;
   }
-  if (Status status = check_shape(op, {"out", out}, {"q", q}); !status.ok()) {
+  if (!std::isfinite(problem.scale) || problem.scale <= 0.f) {
+    return failure("%s: scale must be finite and positive, got %g", op, static_cast<double>(problem.scale));
+  }
+  if (Status status = check_window_side(op, "left", problem.window.left); !status.ok()) {
     return status;
   }
-  if (!std::isfinite(scale) || scale <= 0.f) {
-    return failure("%s: scale must be finite and positive, got %g", op, static_cast<double>(scale));
+  return check_window_side(op, "right", problem.window.right);
+}
+
+// The gradients of a backward.
+template <class Backward>
+Status check_gradients(const char* op, const Backward& problem) {
+  const auto& forward = problem.forward;
+  const Named q{"q", forward.q}, k{"k", forward.k}, v{"v", forward.v};
+  const struct {
+    Named gradient, of;
+  } pairs[] = {{{"dout", problem.dout}, {"out", forward.q}},
+               {{"dq", problem.dq}, q},
+               {{"dk", problem.dk}, k},
+               {{"dv", problem.dv}, v}};
+  for (const auto& [gradient, of] : pairs) {
+    if (Status status = check_like(op, gradient, of, forward.q.dtype); !status.ok()) {
+      return status;
+    }
   }
-  if (Status status = check_window_side(op, "left", window.left); !status.ok()) {
+  return {};
+}
+
+Status check_sigmoid(const char* op, const SigmoidAttention& problem) {
+  if (Status status = check_inputs(op, problem); !status.ok()) {
     return status;
   }
-  return check_window_side(op, "right", window.right);
+  return std::isfinite(problem.bias)
+             ? Status{}
+             : failure("%s: bias must be finite, got %g", op, static_cast<double>(problem.bias));
 }
 
 }  // namespace
@@ -123,33 +156,49 @@ Status failure(const char* format, ...) {
   return status;
 }
 
-Status validate(const Attention& problem) { return check_forward("attention", problem); }
+Status no_cpu_kernels(const char* op) {
+  return failure("%s: the CPU kernels need a processor with AVX2, FMA and F16C", op);
+}
+
+Status built_without_cuda(const char* op) {
+  return failure("%s: this fastattn is built without CUDA; its tensors must be on the CPU", op);
+}
+
+bool built_with_cuda() { return FASTATTN_WITH_CUDA; }
+
+Status validate(const Attention& problem) {
+  const Status status = check_inputs("attention", problem);
+  return status.ok() ? check_like("attention", {"out", problem.out}, {"q", problem.q}, problem.q.dtype) : status;
+}
 
 Status validate(const AttentionBackward& problem) {
   const char* op = "attention_backward";
   const Attention& forward = problem.forward;
-  if (Status status = check_forward(op, forward); !status.ok()) {
+  if (Status status = check_inputs(op, forward); !status.ok()) {
     return status;
   }
-  const Named q{"q", forward.q}, k{"k", forward.k}, v{"v", forward.v};
-  const struct {
-    Named gradient, of;
-  } pairs[] = {{{"dout", problem.dout}, {"out", forward.out}},
-               {{"dq", problem.dq}, q},
-               {{"dk", problem.dk}, k},
-               {{"dv", problem.dv}, v}};
-  for (const auto& [gradient, of] : pairs) {
-    if (Status status = check_layout(op, gradient, forward.q.dtype); !status.ok()) {
-      return status;
-    }
-    if (Status status = check_shape(op, gradient, of); !status.ok()) {
-      return status;
-    }
+  if (Status status = check_like(op, {"out", forward.out}, {"q", forward.q}, forward.q.dtype); !status.ok()) {
+    return status;
+  }
+  if (Status status = check_gradients(op, problem); !status.ok()) {
+    return status;
   }
   if (num_rows(forward) > 0 && forward.lse == nullptr) {
     return failure("%s: lse is needed and has no data", op);
   }
   return {};
+}
+
+Status validate(const SigmoidAttention& problem) {
+  const Status status = check_sigmoid("sigmoid_attention", problem);
+  return status.ok() ? check_like("sigmoid_attention", {"out", problem.out}, {"q", problem.q}, problem.q.dtype)
+                     : status;
+}
+
+Status validate(const SigmoidAttentionBackward& problem) {
+  const char* op = "sigmoid_attention_backward";
+  const Status status = check_sigmoid(op, problem.forward);
+  return status.ok() ? check_gradients(op, problem) : status;
 }
 
 }  // namespace fastattn

@@ -1,4 +1,4 @@
-// What every backend checks before it touches memory: the one place where attention's arguments are judged.
+// What every backend checks before it touches memory: the one place where the ops' arguments are judged.
 #pragma once
 
 #include "fastattn/fastattn.hpp"
@@ -12,18 +12,26 @@ inline constexpr std::int64_t kMaxSeq = (std::int64_t{1} << 30) - 1;  // tile ar
 // A failed Status with a printf-style message.
 [[gnu::format(printf, 1, 2)]] Status failure(const char* format, ...);
 
+// What an op says where there is nothing that could run it.
+Status no_cpu_kernels(const char* op);
+Status built_without_cuda(const char* op);
+
 // Success means that every element the op reads or writes is described without contradiction. A problem without
 // queries is valid (there is nothing to do), and so is one without keys (every row keeps nothing).
 Status validate(const Attention& problem);
 Status validate(const AttentionBackward& problem);
+Status validate(const SigmoidAttention& problem);
+Status validate(const SigmoidAttentionBackward& problem);
 
 // Rows of results; zero means that the forward has nothing to write.
-inline std::int64_t num_rows(const Attention& problem) {
+template <class Problem>
+std::int64_t num_rows(const Problem& problem) {
   return problem.q.batch() * problem.q.heads() * problem.q.seq();
 }
 
 // The mask of a valid problem. An unbounded side is as wide as it can matter, which keeps sums within 32 bits.
-inline Band band_of(const Attention& problem) {
+template <class Problem>
+Band band_of(const Problem& problem) {
   const auto side = [](std::int64_t width, std::int64_t widest) {
     return static_cast<int>(width == kUnbounded ? widest : min_of(width, widest));
   };

@@ -27,7 +27,7 @@
 
 namespace fastattn::sm90 {
 
-// The caller's workspace, for num_q padded to whole query tiles.
+// The caller's workspace, for num_q padded to whole query tiles. Scores without row statistics have no lse2 and delta.
 struct BackwardWorkspace {
   float* lse2;   // [batch, heads, padded num_q]: base-2 log-sum-exp, +∞ where a row keeps nothing or does not exist
   float* delta;  // [batch, heads, padded num_q]: Σ(out · dout) − dlse
@@ -38,8 +38,9 @@ template <class Variant>
 struct BackwardParams {
   TensorMap q, k, v, dout, dk, dv;
   typename Variant::Schedule schedule;  // as in the forward: queries × keys
-  typename Variant::Score score;
+  typename Variant::Score score;        // of all heads
   float scale;
+  float* dbias;  // [heads], for a score with a bias; may be null
   BackwardWorkspace workspace;
   int heads, kv_heads, heads_per_kv_head, q_tiles, k_tiles;
 };
@@ -114,7 +115,7 @@ struct BackwardKernel {
     shared.kv_full.arrive_and_expect_tx(2 * KeyTile::kBytes);
     params.k.load(shared.k, {work.k_tile * kTile.k, work.kv_head, work.batch}, shared.kv_full);
     params.v.load(shared.v, {work.k_tile * kTile.k, work.kv_head, work.batch}, shared.kv_full);
-    constexpr int kRowBytes = kTile.q * sizeof(float);
+    constexpr int kRowBytes = Score::kRowStatistics ? kTile.q * sizeof(float) : 0;
     const auto transposed = params.schedule.transposed();
     Position at;
     announce(
@@ -135,10 +136,14 @@ struct BackwardKernel {
             const TensorMap::Origin origin{q_tile * kTile.q, run.head, work.batch};
             Barrier& q_full = shared.q_ring.begin_fill(at, QueryTile::kBytes + kRowBytes, run);
             params.q.load(shared.q[at.stage], origin, q_full);
-            load_bytes(shared.lse2[at.stage], params.workspace.lse2 + tile * kTile.q, kRowBytes, q_full);
+            if constexpr (Score::kRowStatistics) {
+              load_bytes(shared.lse2[at.stage], params.workspace.lse2 + tile * kTile.q, kRowBytes, q_full);
+            }
             Barrier& dout_full = shared.dout_ring.begin_fill(at, QueryTile::kBytes + kRowBytes);
             params.dout.load(shared.dout[at.stage], origin, dout_full);
-            load_bytes(shared.delta[at.stage], params.workspace.delta + tile * kTile.q, kRowBytes, dout_full);
+            if constexpr (Score::kRowStatistics) {
+              load_bytes(shared.delta[at.stage], params.workspace.delta + tile * kTile.q, kRowBytes, dout_full);
+            }
             at.advance();
           }
         });
@@ -157,7 +162,9 @@ struct BackwardKernel {
     Position position;
 
     wait_for(shared.kv_full, 0);
-    Announcement run;
+    Announcement run{};
+    Score score = params.score;
+    float bias_gradient = 0.f;  // this thread's share, of the run's head
     const auto step = [&](int q_tile, auto coverage) {
       const int stage = position.stage;
       float scores[kTile.q / 2], dscores[kTile.q / 2];  // transposed: this warpgroup's keys × the tile's queries
@@ -178,10 +185,10 @@ struct BackwardKernel {
       wgmma::pin(scores);
 #pragma unroll
       for (int j = 0; j < kTile.q / 8; ++j) {
-        const float2 lse2 = *reinterpret_cast<const float2*>(&shared.lse2[stage][at.column(j)]);
+        const float2 lse2 = row_statistics(shared.lse2[stage], at.column(j));
 #pragma unroll
         for (int i = 4 * j; i < 4 * j + 4; ++i) {
-          scores[i] = params.score.weight(scores[i], i % 2 == 0 ? lse2.x : lse2.y);
+          scores[i] = score.weight(scores[i], i % 2 == 0 ? lse2.x : lse2.y);
         }
       }
       constexpr bool kPartial = coverage() == Coverage::kPartial;
@@ -198,16 +205,22 @@ struct BackwardKernel {
       wgmma::pin(dscores);
 #pragma unroll
       for (int j = 0; j < kTile.q / 8; ++j) {
-        const float2 delta = *reinterpret_cast<const float2*>(&shared.delta[stage][at.column(j)]);
+        const float2 delta = row_statistics(shared.delta[stage], at.column(j));
 #pragma unroll
         for (int i = 4 * j; i < 4 * j + 4; ++i) {
-          dscores[i] = params.score.score_gradient(scores[i], dscores[i], i % 2 == 0 ? delta.x : delta.y);
+          dscores[i] = score.score_gradient(scores[i], dscores[i], i % 2 == 0 ? delta.x : delta.y);
         }
       }
       if constexpr (kPartial) {  // a masked score has weight 0, but 0 times a gradient that is not finite is not 0
 #pragma unroll
         for (int i = 0; i < kTile.q / 2; ++i) {
           dscores[i] = scores[i] == 0.f ? 0.f : dscores[i];
+        }
+      }
+      if constexpr (Score::kBiasGradient) {
+#pragma unroll
+        for (int i = 0; i < kTile.q / 2; ++i) {
+          bias_gradient += dscores[i];
         }
       }
       pack<Element>(dscores, dscores_operand);
@@ -250,7 +263,12 @@ struct BackwardKernel {
     };
     do {
       run = shared.q_ring.next_run(position);
+      score = params.score.at(run.head);
       for_each_tile(run, step);
+      if constexpr (Score::kBiasGradient) {
+        add_bias_gradient(params, run.head, bias_gradient);
+        bias_gradient = 0.f;
+      }
     } while (!run.last);
 
     // Epilogue: dK and dV take the place of K and V, once no warpgroup reads them any more.
@@ -270,6 +288,28 @@ struct BackwardKernel {
       params.dk.store(shared.k, shared_row, {first_key, work.kv_head, work.batch});
       params.dv.store(shared.v, shared_row, {first_key, work.kv_head, work.batch});
       wait_for_stores();
+    }
+  }
+
+  // The statistics of the queries in columns `column` and `column` + 1 of a transposed score tile.
+  static __device__ float2 row_statistics(const float (&values)[kTile.q], int column) {
+    if constexpr (Score::kRowStatistics) {
+      return *reinterpret_cast<const float2*>(&values[column]);
+    } else {
+      return {};
+    }
+  }
+
+  static __device__ void add_bias_gradient(const Params& params, int head, float share) {
+    if (params.dbias == nullptr) {
+      return;
+    }
+#pragma unroll
+    for (int distance = 16; distance > 0; distance /= 2) {
+      share += __shfl_xor_sync(0xffffffffu, share, distance);
+    }
+    if (threadIdx.x % 32 == 0) {
+      atomicAdd(params.dbias + head, share);
     }
   }
 

@@ -27,7 +27,7 @@ template <class Variant>
 struct ForwardParams {
   TensorMap q, k, v;
   typename Variant::Schedule schedule;
-  typename Variant::Score score;
+  typename Variant::Score score;  // of all heads
   typename Variant::Epilogue epilogue;
   int heads, heads_per_kv_head, q_tiles;
 };
@@ -131,6 +131,7 @@ struct ForwardKernel {
   static __device__ void consume(const Params& params, Shared& shared, Work work, int warpgroup) {
     const int thread = threadIdx.x % kWarpgroupThreads;
     const AccumulatorThread at(thread);
+    const Score score = params.score.at(work.head);
     const int first_row = work.q_tile * kTile.q + warpgroup * kWarpgroupRows;
 
     float out[kHeadDim / 2] = {};
@@ -173,7 +174,7 @@ struct ForwardKernel {
       }
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        decay[h] = params.score.absorb(state[h], AccumulatorRow<kTile.k / 2>{scores, h});
+        decay[h] = score.absorb(state[h], AccumulatorRow<kTile.k / 2>{scores, h});
       }
     };
 
@@ -229,8 +230,7 @@ struct ForwardKernel {
     }
     turns.finish();
 
-    const RowResult rows[2] = {params.score.finish(state[0], sum_over_row),
-                               params.score.finish(state[1], sum_over_row)};
+    const RowResult rows[2] = {score.finish(state[0], sum_over_row), score.finish(state[1], sum_over_row)};
     params.epilogue.store(out, rows, shared.q, warpgroup, {first_row, work.head, work.batch}, params.schedule.num_q,
                           params.heads);
   }

@@ -1,4 +1,4 @@
-// Epilogue: what leaves the chip. Here the output, scaled and rounded, and each row's log-sum-exp.
+// Epilogues: what leaves the chip. Here the output, scaled and rounded, with or without each row's log-sum-exp.
 #pragma once
 
 #include <cutlass/arch/barrier.h>
@@ -11,10 +11,10 @@
 
 namespace fastattn::sm90 {
 
-template <class Element>
-struct OutputAndLse {
+template <class Element, bool kWithLse>
+struct Output {
   TensorMap out;
-  float* lse;  // [batch, heads, num_q]
+  float* lse;  // [batch, heads, num_q]; unused without
 
   // Stores the 64 rows of one warpgroup by way of its rows of `staging`; `rows` are this thread's two. Named barrier
   // `warpgroup` is used.
@@ -27,11 +27,13 @@ struct OutputAndLse {
     for (int i = 0; i < kCount; ++i) {
       value[i] *= rows[i / 2 % 2].output_scale;
     }
+    if constexpr (kWithLse) {
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const int row = origin.row + at.row(h);
-      if (at.first_column == 0 && row < num_q) {
-        lse[(std::int64_t{origin.batch} * heads + origin.head) * num_q + row] = rows[h].lse;
+      for (int h = 0; h < 2; ++h) {
+        const int row = origin.row + at.row(h);
+        if (at.first_column == 0 && row < num_q) {
+          lse[(std::int64_t{origin.batch} * heads + origin.head) * num_q + row] = rows[h].lse;
+        }
       }
     }
     std::uint32_t rounded[kCount / 2];

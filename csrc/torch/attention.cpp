@@ -1,5 +1,4 @@
 // torch.ops.fastattn.attention and attention_backward.
-#include <cmath>
 #include <optional>
 #include <tuple>
 
@@ -7,22 +6,6 @@
 
 namespace fastattn::binding {
 namespace {
-
-Window window_of(const char* op, bool causal, const std::optional<std::vector<std::int64_t>>& sides) {
-  Window window;
-  if (sides) {
-    require(sides->size() == 2, op, ": window must be (left, right), got ", list(*sides));
-    window = {(*sides)[0], (*sides)[1]};
-  }
-  if (causal) {
-    window.right = window.right == kUnbounded ? 0 : std::min<std::int64_t>(window.right, 0);
-  }
-  return window;
-}
-
-float scale_of(std::optional<double> scale, const Tensor& q) {
-  return static_cast<float>(scale ? *scale : 1 / std::sqrt(std::max(1., static_cast<double>(q.sizes()[3]))));
-}
 
 template <class Place>
 std::tuple<Tensor, Tensor> attention(Tensor q, Tensor k, Tensor v, std::optional<double> scale, bool causal,
@@ -78,12 +61,8 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(Tensor dout, std::optional
                             .dq = view(dq),
                             .dk = view(dk),
                             .dv = view(dv)};
-  constexpr std::uintptr_t kAlignment = 256;  // asked for by AttentionBackward::workspace
-  const std::int64_t bytes[] = {
-      static_cast<std::int64_t>(attention_backward_workspace(problem, place.executor) + kAlignment)};
-  const Tensor workspace = torch::stable::new_empty(q, bytes, ScalarType::Byte);
-  const auto address = reinterpret_cast<std::uintptr_t>(workspace.mutable_data_ptr());
-  problem.workspace = reinterpret_cast<void*>((address + kAlignment - 1) / kAlignment * kAlignment);
+  const Workspace workspace(q, attention_backward_workspace(problem, place.executor));
+  problem.workspace = workspace.address();
   require(fastattn::attention_backward(problem, place.executor));
   return {dq, dk, dv};
 }

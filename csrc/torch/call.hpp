@@ -11,7 +11,9 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <cstdint>
+#include <optional>
 #include <sstream>
 #include <stdexcept>
 #include <string>
@@ -72,6 +74,42 @@ inline Tensor compact_copy(const Tensor& tensor) {
   return torch::stable::copy_(copy, tensor);
 }
 
+// Options as the core sees them.
+
+inline Window window_of(const char* op, bool causal, const std::optional<std::vector<std::int64_t>>& sides) {
+  Window window;
+  if (sides) {
+    require(sides->size() == 2, op, ": window must be (left, right), got ", list(*sides));
+    window = {(*sides)[0], (*sides)[1]};
+  }
+  if (causal) {
+    window.right = window.right == kUnbounded ? 0 : std::min<std::int64_t>(window.right, 0);
+  }
+  return window;
+}
+
+inline float scale_of(std::optional<double> scale, const Tensor& q) {
+  return static_cast<float>(scale ? *scale : 1 / std::sqrt(std::max(1., static_cast<double>(q.sizes()[3]))));
+}
+
+// Memory for one call, aligned as the core asks (AttentionBackward::workspace).
+class Workspace {
+ public:
+  Workspace(const Tensor& like, std::size_t bytes) {
+    const std::int64_t size[] = {static_cast<std::int64_t>(bytes + kAlignment)};
+    memory_ = torch::stable::new_empty(like, size, ScalarType::Byte);
+  }
+
+  void* address() const {
+    const auto address = reinterpret_cast<std::uintptr_t>(memory_.mutable_data_ptr());
+    return reinterpret_cast<void*>((address + kAlignment - 1) / kAlignment * kAlignment);
+  }
+
+ private:
+  static constexpr std::uintptr_t kAlignment = 256;
+  Tensor memory_;
+};
+
 // One call of an op: judges its tensors by name. The tensors returned can be handed to the core as they are.
 template <class Place>
 class Call {
@@ -100,6 +138,16 @@ class Call {
             list(tensor.sizes()));
     check_device(name, tensor);
     return torch::stable::contiguous(tensor);
+  }
+
+  // One float for each head of q.
+  void check_head_values(const char* name, const Tensor& tensor, const Tensor& q) const {
+    const std::int64_t heads = q.sizes()[2];
+    require(tensor.dim() == 1 && tensor.sizes()[0] == heads && tensor.scalar_type() == ScalarType::Float &&
+                (heads <= 1 || tensor.stride(0) == 1),
+            op_, ": ", name, " must be contiguous Float [heads] = [", heads, "], got ", tensor.scalar_type(), " ",
+            list(tensor.sizes()));
+    check_device(name, tensor);
   }
 
  private:

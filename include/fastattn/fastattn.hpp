@@ -85,4 +85,33 @@ std::size_t attention_backward_workspace(const AttentionBackward& problem, Strea
 Status attention_backward(const AttentionBackward& problem, const Threads& threads);
 Status attention_backward(const AttentionBackward& problem, Stream stream);
 
+// sigmoid_attention: σ(scale · Q Kᵀ + bias) V, each weight by itself; masked scores weigh 0.
+
+struct SigmoidAttention {
+  TensorView q;     // [batch, seq_q, heads, head_dim]
+  TensorView k, v;  // [batch, seq_k, kv_heads, head_dim]; heads is a multiple of kv_heads
+  TensorView out;   // like q; not needed by the backward
+  float scale = 1.f;
+  Window window;
+  float bias = 0.f;                  // −ln(seq_k) is the usual choice
+  const float* head_bias = nullptr;  // [heads], added to the bias; may be null
+};
+
+Status sigmoid_attention(const SigmoidAttention& problem, const Threads& threads);
+Status sigmoid_attention(const SigmoidAttention& problem, Stream stream);
+
+// Gradients of `sigmoid_attention`. It needs neither the output nor anything else of the forward.
+struct SigmoidAttentionBackward {
+  SigmoidAttention forward;
+  TensorView dout;            // like out
+  TensorView dq, dk, dv;      // like q, k, v
+  float* dbias = nullptr;     // [heads]: of each head's bias; null if it is not wanted
+  void* workspace = nullptr;  // sigmoid_attention_backward_workspace(…) bytes, 256-byte aligned
+};
+
+std::size_t sigmoid_attention_backward_workspace(const SigmoidAttentionBackward& problem, const Threads& threads);
+std::size_t sigmoid_attention_backward_workspace(const SigmoidAttentionBackward& problem, Stream stream);
+Status sigmoid_attention_backward(const SigmoidAttentionBackward& problem, const Threads& threads);
+Status sigmoid_attention_backward(const SigmoidAttentionBackward& problem, Stream stream);
+
 }  // namespace fastattn

@@ -34,5 +34,8 @@ FASTATTN_HD constexpr T ceil_div(T a, T b) {
 // Scalar forms of what score policies ask of a value; the CPU kernels overload them for vectors.
 FASTATTN_HD float exp2(float x) { return ::exp2f(x); }
 FASTATTN_HD float log2(float x) { return ::log2f(x); }
+FASTATTN_HD float fused_multiply_add(float a, float b, float c) { return ::fmaf(a, b, c); }
+FASTATTN_HD float minus_magnitude(float x) { return -::fabsf(x); }
+FASTATTN_HD float where_negative(float x, float negative, float otherwise) { return x < 0.f ? negative : otherwise; }
 
 }  // namespace fastattn

@@ -7,8 +7,9 @@ from importlib.metadata import version as _version
 
 from . import _library
 from .attention import attention
+from .sigmoid_attention import sigmoid_attention
 
 _library.load()
 __version__ = _version("fastattn")
 
-__all__ = ["__version__", "attention"]
+__all__ = ["__version__", "attention", "sigmoid_attention"]

@@ -32,8 +32,8 @@ class Op:
     """Keeps what `backward` needs."""
     backward: Callable[..., Any] | None = None
     """Gradients of the tensor parameters; None: a call to differentiate the op is an error."""
-    autocast: bool = False
-    """Under autocast, run with floating-point tensors cast to autocast's dtype."""
+    autocast: int = 0
+    """Under autocast, so many of the first tensors are cast to autocast's dtype."""
 
 
 def register(op: Op) -> None:
@@ -44,11 +44,11 @@ def register(op: Op) -> None:
         name, op.backward or _refuse_gradient(op.name), setup_context=op.setup_context, lib=_library
     )
     packet = getattr(getattr(torch.ops, NAMESPACE), op.name)
-    torch.library.register_vmap(name, _merge_into_batch(packet), lib=_library)
+    torch.library.register_vmap(name, _merge_into_batch(op.name, packet), lib=_library)
     register_flop_formula(packet)(op.flops)
     if op.autocast:
         for device, key in _AUTOCAST_KEYS.items():
-            _library.impl(op.name, _autocast(packet.default, device), key)
+            _library.impl(op.name, _autocast(packet.default, device, op.autocast), key)
     OPS[op.name] = op
 
 
@@ -62,8 +62,11 @@ def _refuse_gradient(name: str) -> Callable[..., Any]:
     return backward
 
 
-def _merge_into_batch(packet: Any) -> Callable[..., Any]:
-    """vmap: every tensor of an op has its batch in front, so the new dimension becomes a part of that."""
+def _merge_into_batch(name: str, packet: Any) -> Callable[..., Any]:
+    """vmap: a tensor of an op has its batch in front, so the new dimension becomes a part of that.
+
+    A vector, such as a bias for each head, has no batch: it is the same for all, and cannot be mapped.
+    """
 
     def rule(info: Any, in_dims: tuple[int | None, ...], *tensors: Any, **options: Any) -> Any:
         size = info.batch_size
@@ -71,16 +74,25 @@ def _merge_into_batch(packet: Any) -> Callable[..., Any]:
         def merged(tensor: Any, dim: int | None) -> Any:
             if tensor is None:
                 return None
+            if tensor.dim() - (dim is not None) == 1:
+                if dim is not None or name.endswith("_backward"):
+                    raise NotImplementedError(f"fastattn::{name}: vmap over a bias, or over its gradient")
+                return tensor
             batched = tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
             return batched.flatten(0, 1)
 
+        def split(result: Any) -> Any:
+            return result.unflatten(0, (size, result.shape[0] // size))
+
         results = packet(*(merged(tensor, dim) for tensor, dim in zip(tensors, in_dims, strict=True)), **options)
-        return tuple(r.unflatten(0, (size, r.shape[0] // size)) for r in results), (0,) * len(results)
+        if isinstance(results, torch.Tensor):
+            return split(results), 0
+        return tuple(map(split, results)), (0,) * len(results)
 
     return rule
 
 
-def _autocast(overload: Any, device: str) -> Callable[..., Any]:
+def _autocast(overload: Any, device: str, count: int) -> Callable[..., Any]:
     # torch.library.register_autocast takes one fixed dtype and refuses keyword arguments.
     keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, _AUTOCAST_KEYS[device]))
 
@@ -91,6 +103,6 @@ def _autocast(overload: Any, device: str) -> Callable[..., Any]:
     def kernel(*tensors: Any, **options: Any) -> Any:
         dtype = torch.get_autocast_dtype(device)
         with torch._C._ExcludeDispatchKeyGuard(keys):
-            return overload(*(cast(tensor, dtype) for tensor in tensors), **options)
+            return overload(*(cast(tensor, dtype) for tensor in tensors[:count]), *tensors[count:], **options)
 
     return kernel

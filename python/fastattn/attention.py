@@ -106,7 +106,7 @@ def kept_scores(seq_q: int, seq_k: int, causal: bool = False, window: Sequence[i
     return ends - begins
 
 
-def _forward_flops(
+def forward_flops(
     q: Sequence[int],
     k: Sequence[int],
     v: Sequence[int],
@@ -128,7 +128,7 @@ def _backward_flops(
     *rest: Any,
     **options: Any,
 ) -> int:
-    return _forward_flops(q, k, v, **options) * 5 // 2  # five matrix products instead of two
+    return forward_flops(q, k, v, **options) * 5 // 2  # five matrix products instead of two
 
 
 def _forward_fake(q: Tensor, k: Tensor, v: Tensor, **_: Any) -> tuple[Tensor, Tensor]:
@@ -166,10 +166,10 @@ register(
         name="attention",
         schema=f"(Tensor q, Tensor k, Tensor v, *, {_OPTIONS}) -> (Tensor out, Tensor lse)",
         fake=_forward_fake,
-        flops=_forward_flops,
+        flops=forward_flops,
         setup_context=_setup_context,
         backward=_backward,
-        autocast=True,
+        autocast=3,
     )
 )
 register(

@@ -4,10 +4,10 @@
 #include <string>
 #include <vector>
 
-#include "../../csrc/cpu/attention_kernels.hpp"
-#include "../../csrc/ops/validate.hpp"
 #include "attention_problem.hpp"
 #include "check.hpp"
+#include "cpu/kernels.hpp"
+#include "ops/validate.hpp"
 
 using namespace fastattn;
 

@@ -75,12 +75,9 @@ def library_complaints(library: bytes) -> list[str]:
 
 
 def instruction_set_complaints(build: Path) -> list[str]:
-    objects = {
-        "Avx2": build / "CMakeFiles/fastattn.dir/csrc/cpu/attention_avx2.cpp.o",
-        "Avx512": build / "CMakeFiles/fastattn.dir/csrc/cpu/attention_avx512.cpp.o",
-    }
     complaints = []
-    for tag, path in objects.items():
+    for path in sorted((build / "CMakeFiles/fastattn.dir/csrc/cpu").glob("*_avx*.cpp.o")):
+        tag = "Avx512" if "avx512" in path.name else "Avx2"
         with path.open("rb") as file:
             table = ELFFile(file).get_section_by_name(".symtab")
             for symbol in table.iter_symbols():

@@ -15,10 +15,12 @@ struct BackwardTensors {
   TensorView q, k, v, out, dout, dq, dk, dv;
   const float* lse;   // like the forward's; null for a score that has none
   const float* dlse;  // may be null
+  float* dbias;       // [heads], may be null; for a score with a bias
   float* row_terms;   // workspace: two floats per query row
 };
 
-// What the backward needs of each query row: its log-sum-exp in base 2 and delta, Σ(out · dout) − dlse.
+// What the backward needs of each query row: its log-sum-exp in base 2 and delta, Σ(out · dout) − dlse. A score without
+// such statistics but with a bias has the sum of the row's score gradients in delta's place, after the first pass.
 struct RowTerms {
   float *lse2, *delta;
 };
@@ -91,10 +93,12 @@ struct GradientTile {
   }
 
   // The terms of query rows [begin, begin + count), and those of rows without keys up to `size`.
+  template <class Score>
   void load_terms(RowTerms terms, int begin, int count, int size) {
     for (int i = 0; i < size; ++i) {
-      lse2[i] = i < count ? terms.lse2[begin + i] : kInfinity;
-      delta[i] = i < count ? terms.delta[begin + i] : 0.f;
+      const bool known = Score::kRowStatistics && i < count;
+      lse2[i] = known ? terms.lse2[begin + i] : kInfinity;
+      delta[i] = known ? terms.delta[begin + i] : 0.f;
     }
   }
 
@@ -113,7 +117,7 @@ struct GradientTile {
       pack_rows(y1_rows, y1, y_first, dim);
       if constexpr (kStays == Stays::kKeys) {
         pack_rows(y2_rows, y2, y_first, dim);
-        load_terms(terms, y_first, count, columns);
+        load_terms<Score>(terms, y_first, count, columns);
       }
       // Runs ascend: the tile after this one most likely follows it.
       const int next = y_first + count, next_count = min_of(kTile.k, schedule.num_k - next);
@@ -127,12 +131,18 @@ struct GradientTile {
         if constexpr (coverage() == Coverage::kPartial) {
           mask_row<Isa>(schedule, first + row, y_first, w, columns);
         }
+        V row_sum(0.f);
         for (int i = 0; i < columns; i += V::kWidth) {
           const V row_lse2 = kStays == Stays::kKeys ? V::load(lse2 + i) : V(lse2[row]);
           const V row_delta = kStays == Stays::kKeys ? V::load(delta + i) : V(delta[row]);
           const V weight = score.weight(V::load(w + i), row_lse2);
-          score.score_gradient(weight, V::load(g + i), row_delta).store(g + i);
+          const V gradient = score.score_gradient(weight, V::load(g + i), row_delta);
+          gradient.store(g + i);
           weight.store(w + i);
+          row_sum = row_sum + gradient;
+        }
+        if constexpr (Score::kBiasGradient && kStays == Stays::kQueries) {
+          delta[row] += sum_of(row_sum);  // the rows' deltas are not used otherwise
         }
       }
       multiply<Isa, Update::kAdd>(score_gradients, kTile.k, y1_rows, dx1, width, rows);
@@ -154,14 +164,16 @@ struct GradientTile {
 
 // `scale` is what multiplies q · k before the score policy's derivative applies.
 template <class Isa, class Element, class ScheduleOf, class Score>
-void backward(const BackwardTensors& x, const ScheduleOf& schedule_of, const Score& score, float scale,
+void backward(const BackwardTensors& x, const ScheduleOf& schedule_of, const Score& scores_of_heads, float scale,
               const Threads& threads) {
   const int num_q = static_cast<int>(x.q.seq()), num_k = static_cast<int>(x.k.seq());
   const int dim = static_cast<int>(x.q.head_dim());
   const std::int64_t batch = x.k.batch(), heads = x.q.heads(), kv_heads = x.k.heads();
   const std::int64_t group = kv_heads > 0 ? heads / kv_heads : 0;
 
-  compute_row_terms<Isa, Element>(x, threads);
+  if constexpr (Score::kRowStatistics) {
+    compute_row_terms<Isa, Element>(x, threads);
+  }
 
   const std::int64_t q_tiles = ceil_div(num_q, kBackwardTile.q);
   parallel_for(threads, batch * heads * q_tiles, [&](std::int64_t task) {
@@ -170,11 +182,29 @@ void backward(const BackwardTensors& x, const ScheduleOf& schedule_of, const Sco
     GradientTile<Isa, Stays::kQueries> tile(q_tile, num_q, dim);
     load_rows<Isa>(tile.x1, tokens_of<const Element>(x.q, b, h), tile.first, tile.rows, kBackwardTile.q, dim);
     load_rows<Isa>(tile.x2, tokens_of<const Element>(x.dout, b, h), tile.first, tile.rows, kBackwardTile.q, dim);
-    tile.load_terms(row_terms_of(x, b, h), tile.first, tile.rows, kBackwardTile.q);
-    tile.accumulate(schedule_of(b, h), score, tokens_of<const Element>(x.k, b, h / group),
-                    tokens_of<const Element>(x.v, b, h / group), {});
+    tile.template load_terms<Score>(row_terms_of(x, b, h), tile.first, tile.rows, kBackwardTile.q);
+    tile.accumulate(schedule_of(b, h), scores_of_heads.at(static_cast<int>(h)),
+                    tokens_of<const Element>(x.k, b, h / group), tokens_of<const Element>(x.v, b, h / group), {});
     tile.store(tile.dx1, tokens_of<Element>(x.dq, b, h), scale);
+    if constexpr (Score::kBiasGradient) {
+      const RowTerms sums = row_terms_of(x, b, h);
+      for (int i = 0; i < tile.rows; ++i) {
+        sums.delta[tile.first + i] = tile.delta[i];
+      }
+    }
   });
+  if constexpr (Score::kBiasGradient) {
+    for (std::int64_t h = 0; x.dbias != nullptr && h < heads; ++h) {
+      double sum = 0.;  // over all rows, in their order
+      for (std::int64_t b = 0; b < batch; ++b) {
+        const RowTerms sums = row_terms_of(x, b, h);
+        for (int i = 0; i < num_q; ++i) {
+          sum += sums.delta[i];
+        }
+      }
+      x.dbias[h] = static_cast<float>(sum);
+    }
+  }
 
   const std::int64_t k_tiles = ceil_div(num_k, kBackwardTile.q);
   parallel_for(threads, batch * kv_heads * k_tiles, [&](std::int64_t task) {
@@ -184,8 +214,9 @@ void backward(const BackwardTensors& x, const ScheduleOf& schedule_of, const Sco
     load_rows<Isa>(tile.x1, tokens_of<const Element>(x.k, b, h_kv), tile.first, tile.rows, kBackwardTile.q, dim);
     load_rows<Isa>(tile.x2, tokens_of<const Element>(x.v, b, h_kv), tile.first, tile.rows, kBackwardTile.q, dim);
     for (std::int64_t h = h_kv * group; h < (h_kv + 1) * group; ++h) {
-      tile.accumulate(schedule_of(b, h).transposed(), score, tokens_of<const Element>(x.q, b, h),
-                      tokens_of<const Element>(x.dout, b, h), row_terms_of(x, b, h));
+      tile.accumulate(schedule_of(b, h).transposed(), scores_of_heads.at(static_cast<int>(h)),
+                      tokens_of<const Element>(x.q, b, h), tokens_of<const Element>(x.dout, b, h),
+                      row_terms_of(x, b, h));
     }
     tile.store(tile.dx1, tokens_of<Element>(x.dk, b, h_kv), scale);
     tile.store(tile.dx2, tokens_of<Element>(x.dv, b, h_kv), 1.f);

@@ -10,7 +10,7 @@ namespace fastattn::cpu {
 
 struct ForwardTensors {
   TensorView q, k, v, out;
-  float* lse;  // may be null
+  float* lse;  // null for a score that has none
 };
 
 // One row of a score tile as a score policy sees it; `count` is a multiple of the register's width.
@@ -53,7 +53,8 @@ inline constexpr TileShape kForwardTile{96, 128};
 
 // `schedule_of(batch, head)` is the mask of one head.
 template <class Isa, class Element, class ScheduleOf, class Score>
-void forward(const ForwardTensors& x, const ScheduleOf& schedule_of, const Score& score, const Threads& threads) {
+void forward(const ForwardTensors& x, const ScheduleOf& schedule_of, const Score& scores_of_heads,
+             const Threads& threads) {
   static_assert(kForwardTile.q % Isa::kRows == 0 && kForwardTile.k % Vector<Isa>::kWidth == 0);
   static_assert(2 * (kForwardTile.q + kForwardTile.k) * kMaxHeadDim + kForwardTile.q * kForwardTile.k <=
                 kScratchFloats);
@@ -66,6 +67,7 @@ void forward(const ForwardTensors& x, const ScheduleOf& schedule_of, const Score
     const int q_tile = static_cast<int>(q_tiles - 1 - task % q_tiles);
     const std::int64_t h = task / q_tiles % heads, b = task / q_tiles / heads;
     const auto schedule = schedule_of(b, h);
+    const Score score = scores_of_heads.at(static_cast<int>(h));
     const int q_first = q_tile * kForwardTile.q, rows = min_of(kForwardTile.q, num_q - q_first);
 
     Scratch scratch;

@@ -54,6 +54,14 @@ struct Vector<Avx2> {
   friend Vector max_of(Vector a, Vector b) { return _mm256_max_ps(a.lanes, b.lanes); }
   friend Vector min_of(Vector a, Vector b) { return _mm256_min_ps(a.lanes, b.lanes); }
   friend Vector floor(Vector a) { return _mm256_floor_ps(a.lanes); }
+  friend Vector inverse_of_one_plus(Vector a) {
+    const __m256 one = _mm256_set1_ps(1.f);
+    return _mm256_div_ps(one, _mm256_add_ps(one, a.lanes));
+  }
+  friend Vector minus_magnitude(Vector a) { return _mm256_or_ps(a.lanes, _mm256_set1_ps(-0.f)); }
+  friend Vector where_negative(Vector x, Vector negative, Vector otherwise) {  // by the sign bit
+    return _mm256_blendv_ps(otherwise.lanes, negative.lanes, x.lanes);
+  }
 
   // significand · 2^exponent for a whole exponent up to 128; 0 where it is below −126.
   friend Vector scale_by_power(Vector significand, Vector exponent) {
@@ -126,6 +134,14 @@ struct Vector<Avx512> {
   friend Vector max_of(Vector a, Vector b) { return _mm512_max_ps(a.lanes, b.lanes); }
   friend Vector min_of(Vector a, Vector b) { return _mm512_min_ps(a.lanes, b.lanes); }
   friend Vector floor(Vector a) { return _mm512_floor_ps(a.lanes); }
+  friend Vector inverse_of_one_plus(Vector a) {
+    const __m512 one = _mm512_set1_ps(1.f);
+    return _mm512_div_ps(one, _mm512_add_ps(one, a.lanes));
+  }
+  friend Vector minus_magnitude(Vector a) { return _mm512_or_ps(a.lanes, _mm512_set1_ps(-0.f)); }
+  friend Vector where_negative(Vector x, Vector negative, Vector otherwise) {  // by the sign bit
+    return _mm512_mask_blend_ps(_mm512_movepi32_mask(_mm512_castps_si512(x.lanes)), otherwise.lanes, negative.lanes);
+  }
   friend Vector scale_by_power(Vector significand, Vector exponent) {
     return _mm512_scalef_ps(significand.lanes, exponent.lanes);
   }

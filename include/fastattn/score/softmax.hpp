@@ -13,8 +13,12 @@ struct Softmax {
     float max_log2 = -kInfinity, sum = 0.f;
   };
   static constexpr bool kRescales = true;
+  static constexpr bool kRowStatistics = true;
+  static constexpr bool kBiasGradient = false;
 
   float scale_log2;  // scale · log2(e): one multiply-add and one ex2 per score
+
+  FASTATTN_HD Softmax at(int) const { return *this; }
 
   FASTATTN_HD float absorb(State& state, ScoreRow auto row) const {
     const float max_log2 = max_of(state.max_log2, row.max() * scale_log2);

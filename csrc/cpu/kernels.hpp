@@ -1,0 +1,50 @@
+// The ops' CPU kernels: for each op a table per instruction set, filled by one translation unit each.
+#pragma once
+
+#include "fastattn/fastattn.hpp"
+#include "fastattn/operand/element.hpp"
+#include "fastattn/schedule/band.hpp"
+#include "instruction_set.hpp"
+
+namespace fastattn::cpu {
+
+template <class Forward, class Backward>
+struct Kernels {
+  void (*forward)(const Forward& problem, const Band& band, const Threads& threads);
+  void (*backward)(const Backward& problem, const Band& band, const Threads& threads);
+};
+
+using AttentionKernels = Kernels<Attention, AttentionBackward>;
+extern const AttentionKernels kAttentionAvx2, kAttentionAvx512;
+
+using SigmoidAttentionKernels = Kernels<SigmoidAttention, SigmoidAttentionBackward>;
+extern const SigmoidAttentionKernels kSigmoidAttentionAvx2, kSigmoidAttentionAvx512;
+
+// The table for this machine; null where it lacks AVX2.
+template <class Table>
+const Table* best_of(const Table& avx2, const Table& avx512) {
+  switch (instruction_set()) {
+    case InstructionSet::kAvx512:
+      return &avx512;
+    case InstructionSet::kAvx2:
+      return &avx2;
+    case InstructionSet::kNone:
+      break;
+  }
+  return nullptr;
+}
+
+// Calls function.operator()<Element>() for the element type of `dtype`.
+template <class Function>
+void with_element(DType dtype, Function&& function) {
+  switch (dtype) {
+    case DType::kFloat32:
+      return function.template operator()<float>();
+    case DType::kFloat16:
+      return function.template operator()<Float16>();
+    case DType::kBFloat16:
+      return function.template operator()<BFloat16>();
+  }
+}
+
+}  // namespace fastattn::cpu

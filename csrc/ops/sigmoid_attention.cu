@@ -1,0 +1,75 @@
+// `sigmoid_attention` on Hopper: sigmoid over a band, in bf16 and fp16. See sigmoid_attention.md.
+#include "fastattn/fastattn.hpp"
+#include "fastattn/schedule/band.hpp"
+#include "fastattn/score/sigmoid.hpp"
+#include "ops/validate.hpp"
+#include "sm90/config.hpp"
+#include "sm90/output.cuh"
+#include "sm90/run.cuh"
+
+namespace fastattn {
+namespace {
+
+template <class Element_>
+struct SigmoidBand {
+  using Schedule = Band;
+  using Score = Sigmoid;
+  using Element = Element_;
+  using Epilogue = sm90::Output<Element, false>;
+  static constexpr sm90::Config kForward[] = {{.head_dim = 64, .tile = {192, 128}, .stages = 2, .warpgroups = 3},
+                                              {.head_dim = 128, .tile = {128, 128}, .stages = 2, .warpgroups = 2}};
+  // With head_dim 64 tiles of its own (128 × 128) the compiler runs out of registers and serialises the products
+  // (C7512).
+  static constexpr sm90::Config kBackward[] = {{.head_dim = 128, .tile = {64, 128}, .stages = 2, .warpgroups = 2}};
+};
+
+Sigmoid score_of(const SigmoidAttention& p) { return {p.scale * kLog2E, p.bias * kLog2E, p.head_bias}; }
+
+}  // namespace
+
+Status sigmoid_attention(const SigmoidAttention& p, Stream stream) {
+  if (const Status status = validate(p); !status.ok()) {
+    return status;
+  }
+  if (const Status status = sm90::check_gpu("sigmoid_attention", p.q.dtype); !status.ok()) {
+    return status;
+  }
+  return sm90::with_element(p.q.dtype, [&]<class Element>() {
+    return sm90::run_forward<SigmoidBand<Element>>("sigmoid_attention",
+                                                   {p.q, p.k, p.v, p.out, band_of(p), score_of(p), nullptr}, stream);
+  });
+}
+
+Status sigmoid_attention_backward(const SigmoidAttentionBackward& problem, Stream stream) {
+  const SigmoidAttention& p = problem.forward;
+  if (const Status status = validate(problem); !status.ok()) {
+    return status;
+  }
+  if (const Status status = sm90::check_gpu("sigmoid_attention_backward", p.q.dtype); !status.ok()) {
+    return status;
+  }
+  return sm90::with_element(p.q.dtype, [&]<class Element>() {
+    return sm90::run_backward<SigmoidBand<Element>>("sigmoid_attention_backward",
+                                                    {.q = p.q,
+                                                     .k = p.k,
+                                                     .v = p.v,
+                                                     .dout = problem.dout,
+                                                     .dq = problem.dq,
+                                                     .dk = problem.dk,
+                                                     .dv = problem.dv,
+                                                     .schedule = band_of(p),
+                                                     .score = score_of(p),
+                                                     .scale = p.scale,
+                                                     .dbias = problem.dbias,
+                                                     .workspace = problem.workspace},
+                                                    stream);
+  });
+}
+
+std::size_t sigmoid_attention_backward_workspace(const SigmoidAttentionBackward& problem, Stream) {
+  const TensorView& q = problem.forward.q;
+  return sm90::with_element(q.dtype,
+                            [&]<class Element>() { return sm90::backward_workspace<SigmoidBand<Element>>(q); });
+}
+
+}  // namespace fastattn

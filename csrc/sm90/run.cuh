@@ -1,0 +1,177 @@
+// Host side: a problem, described to the kernels and launched. One function each way, for every op.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstddef>
+#include <cstdint>
+
+#include "fastattn/fastattn.hpp"
+#include "ops/validate.hpp"
+#include "sm90/backward.cuh"
+#include "sm90/forward.cuh"
+#include "sm90/launch.cuh"
+
+namespace fastattn::sm90 {
+
+template <class Variant>
+struct ForwardProblem {
+  TensorView q, k, v, out;
+  typename Variant::Schedule schedule;
+  typename Variant::Score score;
+  float* lse;  // null for an epilogue without
+};
+
+template <class Variant>
+struct BackwardProblem {
+  TensorView q, k, v, dout, dq, dk, dv;
+  TensorView out = {};  // these three only for a score with row statistics
+  const float *lse = nullptr, *dlse = nullptr;
+  typename Variant::Schedule schedule;
+  typename Variant::Score score;
+  float scale;
+  float* dbias = nullptr;
+  void* workspace;
+};
+
+// What only the GPU restricts; for a problem that is valid.
+inline Status check_gpu(const char* op, DType dtype) {
+  if (dtype == DType::kFloat32) {
+    return failure("%s: dtype must be float16 or bfloat16 on the GPU, got float32", op);
+  }
+  return check_device();
+}
+
+inline int heads_per_kv_head(const TensorView& q, const TensorView& k) {
+  return static_cast<int>(q.heads() / max_of<std::int64_t>(k.heads(), 1));
+}
+
+// Encodes one tensor map after the other; the first failure stays.
+struct MapEncoder {
+  Status status;
+
+  void operator()(const TensorView& view, int rows, TensorMap& map) {
+    status = status.ok() ? encode(view, rows, map) : status;
+  }
+};
+
+template <class Kernel, class Variant>
+Status launch_forward(const ForwardProblem<Variant>& problem, Stream stream, void (*kernel)(typename Kernel::Params)) {
+  typename Kernel::Params params{};
+  params.schedule = problem.schedule;
+  params.score = problem.score;
+  params.epilogue.lse = problem.lse;
+  params.heads = static_cast<int>(problem.q.heads());
+  params.heads_per_kv_head = heads_per_kv_head(problem.q, problem.k);
+  params.q_tiles = ceil_div(problem.schedule.num_q, Kernel::kTile.q);
+  MapEncoder encode;
+  encode(problem.q, Kernel::kTile.q, params.q);
+  encode(problem.k, Kernel::kTile.k, params.k);
+  encode(problem.v, Kernel::kTile.k, params.v);
+  encode(problem.out, kWarpgroupRows, params.epilogue.out);
+  if (!encode.status.ok()) {
+    return encode.status;
+  }
+  return launch(kernel, problem.q.batch() * params.heads * params.q_tiles,
+                (Kernel::kWarpgroups + 1) * kWarpgroupThreads, sizeof(typename Kernel::Shared), stream, params);
+}
+
+// The parts of the backward's workspace, and its size in bytes.
+template <class Kernel>
+std::size_t plan_workspace(const TensorView& q, void* base, BackwardWorkspace& workspace) {
+  const std::int64_t tiles = q.batch() * q.heads() * ceil_div<std::int64_t>(q.seq(), Kernel::kTile.q);
+  const std::int64_t rows = tiles * Kernel::kTile.q, statistics = Kernel::Score::kRowStatistics ? rows : 0;
+  workspace.dq = static_cast<float*>(base);
+  workspace.lse2 = workspace.dq + rows * Kernel::kHeadDim;
+  workspace.delta = workspace.lse2 + statistics;
+  return (rows * Kernel::kHeadDim + 2 * statistics) * sizeof(float);
+}
+
+template <class Kernel, class Variant>
+Status launch_backward(const BackwardProblem<Variant>& problem, Stream stream,
+                       void (*kernel)(typename Kernel::Params)) {
+  using Element = typename Kernel::Element;
+  typename Kernel::Params params{};
+  params.schedule = problem.schedule;
+  params.score = problem.score;
+  params.scale = problem.scale;
+  params.dbias = problem.dbias;
+  params.heads = static_cast<int>(problem.q.heads());
+  params.kv_heads = static_cast<int>(problem.k.heads());
+  params.heads_per_kv_head = heads_per_kv_head(problem.q, problem.k);
+  params.q_tiles = ceil_div(problem.schedule.num_q, Kernel::kTile.q);
+  params.k_tiles = ceil_div(problem.schedule.num_k, Kernel::kTile.k);
+  plan_workspace<Kernel>(problem.q, problem.workspace, params.workspace);
+  MapEncoder encode;
+  encode(problem.q, Kernel::kTile.q, params.q);
+  encode(problem.dout, Kernel::kTile.q, params.dout);
+  encode(problem.k, Kernel::kTile.k, params.k);
+  encode(problem.v, Kernel::kTile.k, params.v);
+  encode(problem.dk, kWarpgroupRows, params.dk);
+  encode(problem.dv, kWarpgroupRows, params.dv);
+
+  Status status = encode.status;
+  const std::int64_t tiles = problem.q.batch() * params.heads * params.q_tiles;
+  const std::int64_t rows = tiles * Kernel::kTile.q;
+  const auto clear = [&](float* values, std::int64_t count) {
+    return check(cudaMemsetAsync(values, 0, count * sizeof(float), static_cast<cudaStream_t>(stream.handle)),
+                 "cudaMemsetAsync");
+  };
+  if constexpr (Kernel::Score::kRowStatistics) {
+    if (status.ok()) {
+      const PrepareParams prepare{problem.out,  problem.dout,     problem.lse,
+                                  problem.dlse, params.workspace, params.q_tiles * Kernel::kTile.q};
+      status = launch(prepare_kernel<Element>, ceil_div<std::int64_t>(rows * kRowLanes, kHelperThreads), kHelperThreads,
+                      0, stream, prepare);
+    }
+  }
+  if (status.ok() && problem.dbias != nullptr) {
+    status = clear(problem.dbias, params.heads);
+  }
+  if (status.ok()) {
+    status = clear(params.workspace.dq, rows * Kernel::kHeadDim);
+  }
+  if (status.ok()) {
+    status = launch(kernel, problem.k.batch() * problem.k.heads() * params.k_tiles,
+                    (Kernel::kWarpgroups + 1) * kWarpgroupThreads, sizeof(typename Kernel::Shared), stream, params);
+  }
+  if (status.ok()) {
+    const FinishParams finish{problem.dq, params.workspace.dq, problem.scale, params.q_tiles};
+    status = launch(finish_kernel<Element, Kernel>, tiles * Kernel::kWarpgroups, kWarpgroupThreads, 0, stream, finish);
+  }
+  return status;
+}
+
+template <class Variant>
+Status run_forward(const char* op, const ForwardProblem<Variant>& problem, Stream stream) {
+  return dispatch<Variant::kForward>(op, problem.q.head_dim(), [&]<int kIndex>() {
+    return launch_forward<ForwardKernel<Variant, kIndex>>(problem, stream, forward_kernel<Variant, kIndex>);
+  });
+}
+
+template <class Variant>
+Status run_backward(const char* op, const BackwardProblem<Variant>& problem, Stream stream) {
+  return dispatch<Variant::kBackward>(op, problem.q.head_dim(), [&]<int kIndex>() {
+    return launch_backward<BackwardKernel<Variant, kIndex>>(problem, stream, backward_kernel<Variant, kIndex>);
+  });
+}
+
+// Bytes of workspace for a backward over `q`; 0 if there is no kernel for it.
+template <class Variant>
+std::size_t backward_workspace(const TensorView& q) {
+  std::size_t bytes = 0;
+  dispatch<Variant::kBackward>("", q.head_dim(), [&]<int kIndex>() {
+    BackwardWorkspace workspace;
+    bytes = plan_workspace<BackwardKernel<Variant, kIndex>>(q, nullptr, workspace);
+    return Status{};
+  });
+  return bytes;
+}
+
+// Calls run.operator()<Element>() for a 16-bit element type.
+template <class Run>
+auto with_element(DType dtype, Run&& run) {
+  return dtype == DType::kBFloat16 ? run.template operator()<BFloat16>() : run.template operator()<Float16>();
+}
+
+}  // namespace fastattn::sm90

@@ -1,0 +1,94 @@
+// torch.ops.fastattn.sigmoid_attention and sigmoid_attention_backward.
+#include <cmath>
+#include <optional>
+#include <tuple>
+
+#include "call.hpp"
+
+namespace fastattn::binding {
+namespace {
+
+// The problem without its output. `bias` holds one float for each head and is added to the constant, which is
+// −ln(seq_k) if neither is given.
+template <class Place>
+SigmoidAttention problem_of(const char* op, const Call<Place>& call, const Tensor& q, const Tensor& k, const Tensor& v,
+                            const std::optional<Tensor>& bias, std::optional<double> constant_bias,
+                            std::optional<double> scale, bool causal,
+                            const std::optional<std::vector<std::int64_t>>& window) {
+  SigmoidAttention problem{.q = view(q),
+                           .k = view(k),
+                           .v = view(v),
+                           .out = {},
+                           .scale = scale_of(scale, q),
+                           .window = window_of(op, causal, window),
+                           .bias = 0.f,
+                           .head_bias = nullptr};
+  if (bias) {
+    call.check_head_values("bias", *bias, q);
+    problem.head_bias = bias->const_data_ptr<float>();
+  }
+  const double usual = bias || k.sizes()[1] == 0 ? 0. : -std::log(static_cast<double>(k.sizes()[1]));
+  problem.bias = static_cast<float>(constant_bias.value_or(usual));
+  return problem;
+}
+
+template <class Place>
+Tensor sigmoid_attention(Tensor q, Tensor k, Tensor v, std::optional<Tensor> bias, std::optional<double> constant_bias,
+                         std::optional<double> scale, bool causal, std::optional<std::vector<std::int64_t>> window) {
+  constexpr const char* kOp = "sigmoid_attention";
+  const Call<Place> call(kOp, q);
+  q = call.input("q", q);
+  k = call.input("k", k);
+  v = call.input("v", v);
+  const Place place(q);
+  SigmoidAttention problem = problem_of(kOp, call, q, k, v, bias, constant_bias, scale, causal, window);
+  const Tensor out = torch::stable::new_empty(q, q.sizes());
+  problem.out = view(out);
+  require(fastattn::sigmoid_attention(problem, place.executor));
+  return out;
+}
+
+template <class Place>
+std::tuple<Tensor, Tensor, Tensor, Tensor> sigmoid_attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v,
+                                                                      std::optional<Tensor> bias,
+                                                                      std::optional<double> constant_bias,
+                                                                      std::optional<double> scale, bool causal,
+                                                                      std::optional<std::vector<std::int64_t>> window) {
+  constexpr const char* kOp = "sigmoid_attention_backward";
+  const Call<Place> call(kOp, q);
+  q = call.input("q", q);
+  k = call.input("k", k);
+  v = call.input("v", v);
+  dout = call.gradient("dout", dout);
+  const Place place(q);
+  const Tensor dq = torch::stable::new_empty(q, q.sizes());
+  const Tensor dk = torch::stable::new_empty(k, k.sizes());
+  const Tensor dv = torch::stable::new_empty(v, v.sizes());
+  const std::int64_t biases[] = {bias ? q.sizes()[2] : 0};
+  const Tensor dbias = torch::stable::new_empty(q, biases, ScalarType::Float);
+  SigmoidAttentionBackward problem{
+      .forward = problem_of(kOp, call, q, k, v, bias, constant_bias, scale, causal, window),
+      .dout = view(dout),
+      .dq = view(dq),
+      .dk = view(dk),
+      .dv = view(dv),
+      .dbias = bias ? dbias.mutable_data_ptr<float>() : nullptr};
+  const Workspace workspace(q, sigmoid_attention_backward_workspace(problem, place.executor));
+  problem.workspace = workspace.address();
+  require(fastattn::sigmoid_attention_backward(problem, place.executor));
+  return {dq, dk, dv, dbias};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(fastattn, CPU, m) {
+  m.impl("sigmoid_attention", TORCH_BOX(&sigmoid_attention<Cpu>));
+  m.impl("sigmoid_attention_backward", TORCH_BOX(&sigmoid_attention_backward<Cpu>));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fastattn, CUDA, m) {
+  m.impl("sigmoid_attention", TORCH_BOX(&sigmoid_attention<Cuda>));
+  m.impl("sigmoid_attention_backward", TORCH_BOX(&sigmoid_attention_backward<Cuda>));
+}
+
+}  // namespace fastattn::binding

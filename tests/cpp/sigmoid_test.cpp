@@ -1,0 +1,59 @@
+// The sigmoid policy: accurate where its weights live, exactly 0 where masked.
+#include "fastattn/score/sigmoid.hpp"
+
+#include <algorithm>
+#include <cmath>
+#include <random>
+#include <string>
+
+#include "check.hpp"
+
+using namespace fastattn;
+
+namespace {
+
+double relative_error(float weight, double x) {
+  const double exact = 1. / (1. + std::exp(-x));
+  return std::abs(weight - exact) / exact;
+}
+
+const Test accuracy("sigmoid: relative error of weights at bias -ln n", [] {
+  std::mt19937 random(1);
+  std::normal_distribution<double> normal;
+  for (const int n : {1, 64, 1024, 16384, 65536}) {
+    double excess = -1.;
+    for (int i = 0; i < 200000; ++i) {
+      const double x = normal(random) - std::log(n), weight = 1. / (1. + std::exp(-x));
+      const double allowed = std::min(3.6e-4, 0.0113 * weight) + 3e-6;  // and the rounding of x
+      excess = std::max(excess, relative_error(logistic2(static_cast<float>(x) * kLog2E), x) - allowed);
+    }
+    check(excess <= 0., "n " + std::to_string(n) + ": " + std::to_string(excess) + " too much");
+  }
+});
+
+const Test range("sigmoid: the whole range, and what is not a number", [] {
+  for (double x = -80.; x <= 80.; x += 1. / 64.) {
+    check(relative_error(logistic2(static_cast<float>(x) * kLog2E), x) < 5e-4, "x " + std::to_string(x));
+  }
+  check(logistic2(-kInfinity) == 0.f, "a masked score weighs exactly 0");
+  check(logistic2(kInfinity) == 1.f && logistic2(0.f) > 0.4998f, "the upper half");
+  check(std::isnan(logistic2(std::nanf(""))), "NaN stays");
+});
+
+const Test gradient("sigmoid: the gradient is the derivative", [] {
+  const Sigmoid policy{kLog2E, -2.f * kLog2E};
+  for (float score = -6.f; score < 6.f; score += 0.25f) {
+    const float weight = policy.weight(score, 0.f);
+    const double exact = 1. / (1. + std::exp(2. - score)), slope = exact * (1. - exact);
+    check(std::abs(policy.score_gradient(weight, 3.f, 0.f) - 3. * slope) < 1e-3 * 3. * slope, "slope");
+  }
+});
+
+const Test heads("sigmoid: each head has its own bias", [] {
+  const float head_bias[] = {0.5f, -1.f};
+  const Sigmoid policy{kLog2E, 0.25f * kLog2E, head_bias};
+  check(std::abs(policy.at(0).bias_log2 - 0.75f * kLog2E) < 1e-6f, "head 0");
+  check(std::abs(policy.at(1).bias_log2 + 0.75f * kLog2E) < 1e-6f, "head 1");
+});
+
+}  // namespace
