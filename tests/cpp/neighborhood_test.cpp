@@ -68,18 +68,25 @@ bool formula_keeps(const PerAxis<NeighborhoodAxis>& axes, int q, int k) {
 
 int tokens_of(const Case& c) { return c.axes[0].length * c.axes[1].length * c.axes[2].length; }
 
+// No visited tile is empty, and its own mask is keeps().
 template <class Schedule>
-void check_no_empty_tile(const Schedule& schedule, const std::string& what) {
+void check_visited_tiles(const Schedule& schedule, const std::string& what) {
   const TileShape shape = schedule.tile_shape();
   for (int q_tile = 0; q_tile * shape.q < schedule.num_q; ++q_tile) {
     for_each_tile(schedule, q_tile, shape, [&](int k_tile, auto) {
-      bool any = false;
+      const auto mask = schedule.tile_mask(q_tile, k_tile, shape);
+      bool any = false, agrees = true;
       for (int q = q_tile * shape.q; q < (q_tile + 1) * shape.q; ++q) {
-        for (int k = k_tile * shape.k; k < (k_tile + 1) * shape.k; ++k) {
-          any = any || schedule.keeps(q, k);
+        const auto row = mask.row(q);
+        for (int slot = 0; slot < shape.k; ++slot) {
+          const int k = k_tile * shape.k + slot;
+          const bool kept = schedule.keeps(q, k);
+          any = any || kept;
+          agrees = agrees && mask.keeps(q, k) == kept && row.keeps(slot) == kept;
         }
       }
-      check(any, what);
+      check(any, "empty tile: " + what);
+      check(agrees, "mask of a tile: " + what);
     });
   }
 }
@@ -176,8 +183,29 @@ const Test random_problems("neighborhood: random problems of one to three axes",
     const Case c = draw.problem();
     check_mask(c);
     check_tiles(c);
-    check_no_empty_tile(c.schedule(), describe(c));
-    check_no_empty_tile(c.schedule().transposed(), "transposed " + describe(c));
+    check_visited_tiles(c.schedule(), describe(c));
+    check_visited_tiles(c.schedule().transposed(), "transposed " + describe(c));
+  }
+});
+
+const Test fixed_boxes("neighborhood: boxes fixed when compiled are those given at run time", [] {
+  Draw draw(3);
+  for (int i = 0; i < 30; ++i) {
+    const PerAxis<NeighborhoodAxis> axes{draw.axis(4), draw.axis(5), draw.axis(9)};
+    const Case c{axes, {2, 2, 4}, {1, 3, 4}};
+    const Neighborhood any = c.schedule();
+    const auto fixed = make_neighborhood(axes, FixedBox<2, 2, 4>{}, FixedBox<1, 3, 4>{});
+    check(fixed.num_q == any.num_q && fixed.num_k == any.num_k, describe(c));
+    check(is_exact(fixed, fixed.tile_shape()), describe(c));
+    check(is_exact(fixed.transposed(), fixed.transposed().tile_shape()), "transposed " + describe(c));
+    check_visited_tiles(fixed.transposed(), "transposed " + describe(c));
+    bool same = true;
+    for (int q = 0; q < any.num_q; ++q) {
+      for (int k = 0; k < any.num_k; ++k) {
+        same = same && fixed.keeps(q, k) == any.keeps(q, k);
+      }
+    }
+    check(same, describe(c));
   }
 });
 

@@ -32,7 +32,10 @@ FASTATTN_HD constexpr int product(const PerAxis<int>& x) { return x[0] * x[1] * 
 struct Interval {
   int begin, end;
 
-  FASTATTN_HD constexpr bool contains(int x) const { return begin <= x && x < end; }
+  // One comparison where begin ≤ end; scores are asked for by the million.
+  FASTATTN_HD constexpr bool contains(int x) const {
+    return static_cast<unsigned>(x - begin) < static_cast<unsigned>(end - begin);
+  }
   FASTATTN_HD constexpr bool empty() const { return begin >= end; }
 };
 
@@ -83,17 +86,41 @@ struct SlotPlace {
   PerAxis<int> group, position;
 };
 
-// How the tokens of one side are cut into tiles: boxes of `extent` positions, `tiles` of them in each dilation group.
+// The positions of a tile. A kernel that finds its way in a tile score by score wants them fixed when it is compiled.
+struct AnyBox {
+  PerAxis<int> extents;
+
+  FASTATTN_HD constexpr PerAxis<int> extent() const { return extents; }
+};
+template <int kOuter, int kMiddle, int kInner>
+struct FixedBox {
+  FASTATTN_HD static constexpr PerAxis<int> extent() { return {kOuter, kMiddle, kInner}; }
+};
+
+// Where in a box its `slot` is. Unsigned, for then powers of two are shifts.
+FASTATTN_HD constexpr PerAxis<int> position_in_box(const PerAxis<int>& extent, unsigned slot) {
+  const unsigned inner = static_cast<unsigned>(extent[2]), middle = static_cast<unsigned>(extent[1]);
+  return {static_cast<int>(slot / inner / middle), static_cast<int>(slot / inner % middle),
+          static_cast<int>(slot % inner)};
+}
+
+// How the tokens of one side are cut into tiles: boxes, `tiles` of them in each dilation group.
+template <class Box>
 struct BoxTiling {
-  PerAxis<int> extent, tiles;
+  Box box;
+  PerAxis<int> tiles;
+
+  FASTATTN_HD constexpr PerAxis<int> extent() const { return box.extent(); }
+  FASTATTN_HD constexpr int slots() const { return product(extent()); }  // of a tile
 };
 
 // kTransposed: the queries of this schedule are the keys of the problem. Made by make_neighborhood and transposed().
-template <bool kTransposed>
+template <bool kTransposed, class QBox = AnyBox, class KBox = AnyBox>
 struct NeighborhoodSchedule {
   int num_q, num_k;  // slots
   PerAxis<NeighborhoodAxis> axes;
-  BoxTiling q_tiling, k_tiling;
+  BoxTiling<QBox> q_tiling;
+  BoxTiling<KBox> k_tiling;
 
   // Yields the box of key tiles row by row, cut where full tiles begin and end.
   struct Cursor {
@@ -124,7 +151,7 @@ struct NeighborhoodSchedule {
     }
   };
 
-  FASTATTN_HD constexpr TileShape tile_shape() const { return {product(q_tiling.extent), product(k_tiling.extent)}; }
+  FASTATTN_HD constexpr TileShape tile_shape() const { return {q_tiling.slots(), k_tiling.slots()}; }
 
   FASTATTN_HD constexpr bool keeps(int q, int k) const {
     if (q < 0 || q >= num_q || k < 0 || k >= num_k) {
@@ -137,6 +164,42 @@ struct NeighborhoodSchedule {
       keeps = keeps && query.group[a] == key.group[a] && kept[a].contains(key.position[a]);
     }
     return keeps;
+  }
+
+  // The mask of one query in one key tile.
+  struct RowMask {
+    KBox box;
+    PerAxis<Interval> kept;  // positions in the tile
+
+    // `slot` counts from the tile's first key: in a kernel it is a constant but for the lane.
+    FASTATTN_HD constexpr bool keeps(int slot) const {
+      const PerAxis<int> at = position_in_box(box.extent(), static_cast<unsigned>(slot));
+      return kept[0].contains(at[0]) & kept[1].contains(at[1]) & kept[2].contains(at[2]);
+    }
+  };
+
+  // keeps() inside one tile that runs() yields. A kernel makes the masks of its rows first and then asks those.
+  struct TileMask {
+    NeighborhoodSchedule schedule;
+    SlotPlace query_tile, key_tile;
+    int first_q, first_k;
+
+    FASTATTN_HD constexpr RowMask row(int q) const {
+      const PerAxis<int> at = position_in_box(schedule.q_tiling.extent(), static_cast<unsigned>(q - first_q));
+      RowMask row{schedule.k_tiling.box, schedule.kept_keys(advance(query_tile, at))};
+      for (int a = 0; a < kAxes; ++a) {
+        row.kept[a].begin -= key_tile.position[a];
+        row.kept[a].end -= key_tile.position[a];
+      }
+      return row;
+    }
+
+    FASTATTN_HD constexpr bool keeps(int q, int k) const { return row(q).keeps(k - first_k); }
+  };
+
+  FASTATTN_HD constexpr TileMask tile_mask(int q_tile, int k_tile, TileShape shape) const {
+    return {*this, place_of_tile(q_tiling, q_tile), place_of_tile(k_tiling, k_tile), q_tile * shape.q,
+            k_tile * shape.k};
   }
 
   // The positions that a query keeps in its dilation group; none if it is padding.
@@ -156,9 +219,9 @@ struct NeighborhoodSchedule {
     bool empty = false;
     for (int a = 0; a < kAxes; ++a) {
       const WindowRule rule = rule_of(a, origin.group[a]);
-      const int first = origin.position[a], end = first + q_tiling.extent[a];
+      const int first = origin.position[a], end = first + q_tiling.extent()[a];
       const Interval kept_first = kept_by(rule, first), kept_last = kept_by(rule, min_of(end, rule.length) - 1);
-      const int extent = k_tiling.extent[a];
+      const int extent = k_tiling.extent()[a];
       cursor.any[a] = {kept_first.begin / extent, ceil_div(kept_last.end, extent)};
       cursor.full[a] = {ceil_div(kept_last.begin, extent), kept_first.end / extent};
       if (end > rule.length || cursor.full[a].empty()) {  // a query of padding keeps nothing
@@ -175,7 +238,7 @@ struct NeighborhoodSchedule {
     return cursor;
   }
 
-  FASTATTN_HD constexpr NeighborhoodSchedule<!kTransposed> transposed() const {
+  FASTATTN_HD constexpr NeighborhoodSchedule<!kTransposed, KBox, QBox> transposed() const {
     return {num_k, num_q, axes, k_tiling, q_tiling};
   }
 
@@ -227,10 +290,11 @@ struct NeighborhoodSchedule {
     }
   }
 
-  FASTATTN_HD constexpr SlotPlace place_of_tile(const BoxTiling& tiling, int tile) const {
+  template <class Box>
+  FASTATTN_HD constexpr SlotPlace place_of_tile(const BoxTiling<Box>& tiling, int tile) const {
     SlotPlace place;
     for (int a = kAxes - 1; a >= 0; --a) {
-      place.position[a] = tile % tiling.tiles[a] * tiling.extent[a];
+      place.position[a] = tile % tiling.tiles[a] * tiling.extent()[a];
       tile /= tiling.tiles[a];
     }
     for (int a = kAxes - 1; a >= 0; --a) {
@@ -240,13 +304,15 @@ struct NeighborhoodSchedule {
     return place;
   }
 
-  FASTATTN_HD constexpr SlotPlace place(const BoxTiling& tiling, int slot) const {
-    const int slots_per_tile = product(tiling.extent);
-    SlotPlace place = place_of_tile(tiling, slot / slots_per_tile);
-    int inside = slot % slots_per_tile;
-    for (int a = kAxes - 1; a >= 0; --a) {
-      place.position[a] += inside % tiling.extent[a];
-      inside /= tiling.extent[a];
+  template <class Box>
+  FASTATTN_HD constexpr SlotPlace place(const BoxTiling<Box>& tiling, int slot) const {
+    return advance(place_of_tile(tiling, slot / tiling.slots()),
+                   position_in_box(tiling.extent(), slot % tiling.slots()));
+  }
+
+  FASTATTN_HD static constexpr SlotPlace advance(SlotPlace place, const PerAxis<int>& positions) {
+    for (int a = 0; a < kAxes; ++a) {
+      place.position[a] += positions[a];
     }
     return place;
   }
@@ -259,7 +325,8 @@ struct NeighborhoodSchedule {
     return at;
   }
 
-  FASTATTN_HD constexpr int token(const BoxTiling& tiling, int slot, int num_slots) const {
+  template <class Box>
+  FASTATTN_HD constexpr int token(const BoxTiling<Box>& tiling, int slot, int num_slots) const {
     if (slot < 0 || slot >= num_slots) {
       return -1;
     }
@@ -271,21 +338,28 @@ struct NeighborhoodSchedule {
 
 using Neighborhood = NeighborhoodSchedule<false>;
 
-// The schedule of a valid problem with query tiles of `q_box` and key tiles of `k_box` positions.
-constexpr Neighborhood make_neighborhood(PerAxis<NeighborhoodAxis> axes, PerAxis<int> q_box, PerAxis<int> k_box) {
-  BoxTiling q_tiling{q_box, {}}, k_tiling{k_box, {}};
+// The schedule of a valid problem in query tiles of `q_box` and key tiles of `k_box`.
+template <class QBox, class KBox>
+constexpr NeighborhoodSchedule<false, QBox, KBox> make_neighborhood(PerAxis<NeighborhoodAxis> axes, QBox q_box,
+                                                                    KBox k_box) {
+  BoxTiling<QBox> q_tiling{q_box, {}};
+  BoxTiling<KBox> k_tiling{k_box, {}};
   int groups = 1;
   for (int a = 0; a < kAxes; ++a) {
     NeighborhoodAxis& axis = axes[a];
     axis.window = axis.window == -1 ? axis.length : axis.window;
-    axis.dilation = max_of(min_of(axis.dilation, axis.length), 1);  // beyond the axis, there are only empty groups more
+    axis.dilation = max_of(min_of(axis.dilation, axis.length), 1);  // a larger one has empty groups only to add
     const int longest_group = ceil_div(axis.length, axis.dilation);
-    q_tiling.tiles[a] = ceil_div(longest_group, q_box[a]);
-    k_tiling.tiles[a] = ceil_div(longest_group, k_box[a]);
+    q_tiling.tiles[a] = ceil_div(longest_group, q_tiling.extent()[a]);
+    k_tiling.tiles[a] = ceil_div(longest_group, k_tiling.extent()[a]);
     groups *= axis.dilation;
   }
-  return {groups * product(q_tiling.tiles) * product(q_box), groups * product(k_tiling.tiles) * product(k_box), axes,
-          q_tiling, k_tiling};
+  return {groups * product(q_tiling.tiles) * q_tiling.slots(), groups * product(k_tiling.tiles) * k_tiling.slots(),
+          axes, q_tiling, k_tiling};
+}
+
+constexpr Neighborhood make_neighborhood(PerAxis<NeighborhoodAxis> axes, PerAxis<int> q_box, PerAxis<int> k_box) {
+  return make_neighborhood(axes, AnyBox{q_box}, AnyBox{k_box});
 }
 
 static_assert(TileSchedule<Neighborhood> && TileSchedule<NeighborhoodSchedule<true>>);
