@@ -10,6 +10,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <cmath>
 #include <cstdint>
@@ -95,10 +96,9 @@ inline float scale_of(std::optional<double> scale, const Tensor& q) {
 // Memory for one call, aligned as the core asks (AttentionBackward::workspace).
 class Workspace {
  public:
-  Workspace(const Tensor& like, std::size_t bytes) {
-    const std::int64_t size[] = {static_cast<std::int64_t>(bytes + kAlignment)};
-    memory_ = torch::stable::new_empty(like, size, ScalarType::Byte);
-  }
+  Workspace(const Tensor& like, std::size_t bytes)
+      : memory_(torch::stable::new_empty(like, std::array{static_cast<std::int64_t>(bytes + kAlignment)},
+                                         ScalarType::Byte)) {}
 
   void* address() const {
     const auto address = reinterpret_cast<std::uintptr_t>(memory_.mutable_data_ptr());
