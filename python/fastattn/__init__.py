@@ -7,9 +7,10 @@ from importlib.metadata import version as _version
 
 from . import _library
 from .attention import attention
+from .merge_attention import merge_attention
 from .sigmoid_attention import sigmoid_attention
 
 _library.load()
 __version__ = _version("fastattn")
 
-__all__ = ["__version__", "attention", "sigmoid_attention"]
+__all__ = ["__version__", "attention", "merge_attention", "sigmoid_attention"]
