@@ -18,10 +18,7 @@ TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2}
 
 def split_attention(q: Tensor, k: Tensor, v: Tensor, cuts: list[int]) -> tuple[Tensor, Tensor]:
     edges = [0, *cuts, k.shape[1]]
-    parts = [
-        fastattn.attention(q, k[:, begin:end], v[:, begin:end], return_lse=True)
-        for begin, end in pairwise(edges)
-    ]
+    parts = [fastattn.attention(q, k[:, begin:end], v[:, begin:end], return_lse=True) for begin, end in pairwise(edges)]
     outputs, lses = zip(*parts, strict=True)
     return fastattn.merge_attention(outputs, lses)
 
