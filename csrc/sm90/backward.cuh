@@ -164,7 +164,6 @@ struct BackwardKernel {
     wait_for(shared.kv_full, 0);
     Announcement run{};
     Score score = params.score;
-    float bias_gradient = 0.f;  // this thread's share, of the run's head
     const auto step = [&](int q_tile, auto coverage) {
       const int stage = position.stage;
       float scores[kTile.q / 2], dscores[kTile.q / 2];  // transposed: this warpgroup's keys × the tile's queries
@@ -218,10 +217,12 @@ struct BackwardKernel {
         }
       }
       if constexpr (Score::kBiasGradient) {
+        float share = 0.f;
 #pragma unroll
         for (int i = 0; i < kTile.q / 2; ++i) {
-          bias_gradient += dscores[i];
+          share += dscores[i];
         }
+        add_bias_gradient(params, run.head, share);
       }
       pack<Element>(dscores, dscores_operand);
 
@@ -265,10 +266,6 @@ struct BackwardKernel {
       run = shared.q_ring.next_run(position);
       score = params.score.at(run.head);
       for_each_tile(run, step);
-      if constexpr (Score::kBiasGradient) {
-        add_bias_gradient(params, run.head, bias_gradient);
-        bias_gradient = 0.f;
-      }
     } while (!run.last);
 
     // Epilogue: dK and dV take the place of K and V, once no warpgroup reads them any more.
@@ -300,6 +297,8 @@ struct BackwardKernel {
     }
   }
 
+  // Adds a thread's share of one tile to the gradient of a head's bias. Tile by tile: kept over a run, the share would
+  // cost a register that head_dim 64 does not have (C7512: its products would be serialised).
   static __device__ void add_bias_gradient(const Params& params, int head, float share) {
     if (params.dbias == nullptr) {
       return;
