@@ -49,8 +49,6 @@ struct TensorMap {
                                     origin.head, origin.batch);
     }
   }
-
-  __device__ void prefetch() const { cute::prefetch_tma_descriptor(&map); }
 };
 
 // Copies `bytes` contiguous bytes (a multiple of 16) to shared memory, completing on `barrier`.
