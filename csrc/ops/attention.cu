@@ -26,13 +26,7 @@ struct SoftmaxBand {
 }  // namespace
 
 Status attention(const Attention& p, Stream stream) {
-  if (const Status status = validate(p); !status.ok()) {
-    return status;
-  }
-  if (const Status status = sm90::check_gpu("attention", p.q.dtype); !status.ok()) {
-    return status;
-  }
-  return sm90::with_element(p.q.dtype, [&]<class Element>() {
+  return sm90::run_if_valid("attention", p, p.q.dtype, [&]<class Element>() {
     return sm90::run_forward<SoftmaxBand<Element>>(
         "attention", {p.q, p.k, p.v, p.out, band_of(p), {p.scale * kLog2E}, p.lse}, stream);
   });
@@ -40,13 +34,7 @@ Status attention(const Attention& p, Stream stream) {
 
 Status attention_backward(const AttentionBackward& problem, Stream stream) {
   const Attention& p = problem.forward;
-  if (const Status status = validate(problem); !status.ok()) {
-    return status;
-  }
-  if (const Status status = sm90::check_gpu("attention_backward", p.q.dtype); !status.ok()) {
-    return status;
-  }
-  return sm90::with_element(p.q.dtype, [&]<class Element>() {
+  return sm90::run_if_valid("attention_backward", problem, p.q.dtype, [&]<class Element>() {
     return sm90::run_backward<SoftmaxBand<Element>>("attention_backward",
                                                     {.q = p.q,
                                                      .k = p.k,

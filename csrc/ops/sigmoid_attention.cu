@@ -27,13 +27,7 @@ Sigmoid score_of(const SigmoidAttention& p) { return {p.scale * kLog2E, p.bias *
 }  // namespace
 
 Status sigmoid_attention(const SigmoidAttention& p, Stream stream) {
-  if (const Status status = validate(p); !status.ok()) {
-    return status;
-  }
-  if (const Status status = sm90::check_gpu("sigmoid_attention", p.q.dtype); !status.ok()) {
-    return status;
-  }
-  return sm90::with_element(p.q.dtype, [&]<class Element>() {
+  return sm90::run_if_valid("sigmoid_attention", p, p.q.dtype, [&]<class Element>() {
     return sm90::run_forward<SigmoidBand<Element>>("sigmoid_attention",
                                                    {p.q, p.k, p.v, p.out, band_of(p), score_of(p), nullptr}, stream);
   });
@@ -41,13 +35,7 @@ Status sigmoid_attention(const SigmoidAttention& p, Stream stream) {
 
 Status sigmoid_attention_backward(const SigmoidAttentionBackward& problem, Stream stream) {
   const SigmoidAttention& p = problem.forward;
-  if (const Status status = validate(problem); !status.ok()) {
-    return status;
-  }
-  if (const Status status = sm90::check_gpu("sigmoid_attention_backward", p.q.dtype); !status.ok()) {
-    return status;
-  }
-  return sm90::with_element(p.q.dtype, [&]<class Element>() {
+  return sm90::run_if_valid("sigmoid_attention_backward", problem, p.q.dtype, [&]<class Element>() {
     return sm90::run_backward<SigmoidBand<Element>>("sigmoid_attention_backward",
                                                     {.q = p.q,
                                                      .k = p.k,
