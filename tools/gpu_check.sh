@@ -36,7 +36,7 @@ tests() {
 # Small problems with ragged tiles: racecheck is slow, and errors sit at the edges.
 sanitizer() {
   local tool mode dim target
-  for tool in memcheck racecheck; do
+  for tool in memcheck synccheck racecheck; do
     [[ $tool == racecheck ]] && target=$racecheck || target=$program
     for mode in fwd bwd; do
       for dim in 64 128; do
