@@ -11,14 +11,12 @@ template <class Isa>
 constexpr AttentionKernels attention_kernels() {
   return {
       [](const Attention& p, const Band& band, const Threads& threads) {
-        const auto schedule_of = [&](std::int64_t, std::int64_t) { return band; };
         with_element(p.q.dtype, [&]<class Element>() {
-          forward<Isa, Element>({p.q, p.k, p.v, p.out, p.lse}, schedule_of, Softmax{p.scale * kLog2E}, threads);
+          forward<Isa, Element>({p.q, p.k, p.v, p.out, p.lse}, band, Softmax{p.scale * kLog2E}, threads);
         });
       },
       [](const AttentionBackward& problem, const Band& band, const Threads& threads) {
         const Attention& p = problem.forward;
-        const auto schedule_of = [&](std::int64_t, std::int64_t) { return band; };
         const BackwardTensors tensors{.q = p.q,
                                       .k = p.k,
                                       .v = p.v,
@@ -32,7 +30,7 @@ constexpr AttentionKernels attention_kernels() {
                                       .dbias = nullptr,
                                       .row_terms = static_cast<float*>(problem.workspace)};
         with_element(p.q.dtype, [&]<class Element>() {
-          backward<Isa, Element>(tensors, schedule_of, Softmax{p.scale * kLog2E}, p.scale, threads);
+          backward<Isa, Element>(tensors, band, Softmax{p.scale * kLog2E}, p.scale, threads);
         });
       },
   };

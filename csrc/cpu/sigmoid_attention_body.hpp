@@ -11,15 +11,13 @@ template <class Isa>
 constexpr SigmoidAttentionKernels sigmoid_attention_kernels() {
   return {
       [](const SigmoidAttention& p, const Band& band, const Threads& threads) {
-        const auto schedule_of = [&](std::int64_t, std::int64_t) { return band; };
         const Sigmoid score{p.scale * kLog2E, p.bias * kLog2E, p.head_bias};
         with_element(p.q.dtype, [&]<class Element>() {
-          forward<Isa, Element>({p.q, p.k, p.v, p.out, nullptr}, schedule_of, score, threads);
+          forward<Isa, Element>({p.q, p.k, p.v, p.out, nullptr}, band, score, threads);
         });
       },
       [](const SigmoidAttentionBackward& problem, const Band& band, const Threads& threads) {
         const SigmoidAttention& p = problem.forward;
-        const auto schedule_of = [&](std::int64_t, std::int64_t) { return band; };
         const Sigmoid score{p.scale * kLog2E, p.bias * kLog2E, p.head_bias};
         const BackwardTensors tensors{.q = p.q,
                                       .k = p.k,
@@ -34,7 +32,7 @@ constexpr SigmoidAttentionKernels sigmoid_attention_kernels() {
                                       .dbias = problem.dbias,
                                       .row_terms = static_cast<float*>(problem.workspace)};
         with_element(p.q.dtype,
-                     [&]<class Element>() { backward<Isa, Element>(tensors, schedule_of, score, p.scale, threads); });
+                     [&]<class Element>() { backward<Isa, Element>(tensors, band, score, p.scale, threads); });
       },
   };
 }

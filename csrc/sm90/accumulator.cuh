@@ -20,6 +20,22 @@ struct AccumulatorThread {
   __device__ int column(int j) const { return first_column + 8 * j; }
 };
 
+// Writes `dropped` over the scores that the mask of their tile drops; row 0 of the accumulator is `first_row` of the
+// tile.
+template <class TileMask, int kCount>
+__device__ inline void mask(const TileMask& tile_mask, int first_row, AccumulatorThread at, float (&scores)[kCount],
+                            float dropped) {
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    const auto row = tile_mask.row(first_row + at.row(h));
+#pragma unroll
+    for (int i = 0; i < kCount / 2; ++i) {
+      float& score = scores[i / 2 * 4 + 2 * h + i % 2];
+      score = row.keeps(at.column(i / 2) + i % 2) ? score : dropped;
+    }
+  }
+}
+
 // Row h of this thread as a score policy sees it (see fastattn/score/score.hpp): four lanes share a row.
 template <int kCount>
 struct AccumulatorRow {

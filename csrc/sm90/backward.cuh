@@ -37,7 +37,7 @@ struct BackwardWorkspace {
 template <class Variant>
 struct BackwardParams {
   TensorMap q, k, v, dout, dk, dv;
-  typename Variant::Schedule schedule;  // as in the forward: queries × keys
+  typename Variant::Schedule schedule;  // of all heads; as in the forward: queries × keys
   typename Variant::Score score;        // of all heads
   float scale;
   float* dbias;  // [heads], for a score with a bias; may be null
@@ -116,14 +116,14 @@ struct BackwardKernel {
     params.k.load(shared.k, {work.k_tile * kTile.k, work.kv_head, work.batch}, shared.kv_full);
     params.v.load(shared.v, {work.k_tile * kTile.k, work.kv_head, work.batch}, shared.kv_full);
     constexpr int kRowBytes = Score::kRowStatistics ? kTile.q * sizeof(float) : 0;
-    const auto transposed = params.schedule.transposed();
     Position at;
     announce(
         [&](auto&& report) {
           for (int i = 0; i < params.heads_per_kv_head; ++i) {
-            auto cursor = transposed.runs(work.k_tile, kTransposed);
+            const int head = work.kv_head * params.heads_per_kv_head + i;
+            auto cursor = params.schedule.at(work.batch, head).transposed().runs(work.k_tile, kTransposed);
             for (TileRun run; cursor.next(run);) {
-              report(work.kv_head * params.heads_per_kv_head + i, run);
+              report(head, run);
             }
           }
         },
@@ -156,7 +156,6 @@ struct BackwardKernel {
     const int shared_row = warpgroup * kWarpgroupRows;
     const int first_key = work.k_tile * kTile.k + shared_row;
     const int piece_row = warpgroup % kRowPieces * kPiece, piece_column = warpgroup / kRowPieces * kPiece;
-    const auto transposed = params.schedule.transposed();
 
     float dk[kHeadDim / 2] = {}, dv[kHeadDim / 2] = {};
     Position position;
@@ -192,11 +191,8 @@ struct BackwardKernel {
       }
       constexpr bool kPartial = coverage() == Coverage::kPartial;
       if constexpr (kPartial) {
-#pragma unroll
-        for (int i = 0; i < kTile.q / 2; ++i) {
-          const int query = q_tile * kTile.q + at.column(i / 4) + i % 2;
-          scores[i] = transposed.keeps(first_key + at.row(i / 2 % 2), query) ? scores[i] : 0.f;
-        }
+        const auto transposed = params.schedule.at(work.batch, run.head).transposed();
+        mask(transposed.tile_mask(work.k_tile, q_tile, kTransposed), shared_row, at, scores, 0.f);
       }
       pack<Element>(scores, weights_operand);
 

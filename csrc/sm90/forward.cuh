@@ -26,8 +26,8 @@ namespace fastattn::sm90 {
 template <class Variant>
 struct ForwardParams {
   TensorMap q, k, v;
-  typename Variant::Schedule schedule;
-  typename Variant::Score score;  // of all heads
+  typename Variant::Schedule schedule;  // of all heads
+  typename Variant::Score score;        // of all heads
   typename Variant::Epilogue epilogue;
   int heads, heads_per_kv_head, q_tiles;
 };
@@ -108,7 +108,7 @@ struct ForwardKernel {
     };
     announce(
         [&](auto&& report) {
-          auto cursor = params.schedule.runs(work.q_tile, kTile);
+          auto cursor = params.schedule.at(work.batch, work.head).runs(work.q_tile, kTile);
           for (TileRun run; cursor.next(run);) {
             report(work.head, run);
           }
@@ -132,6 +132,7 @@ struct ForwardKernel {
     const int thread = threadIdx.x % kWarpgroupThreads;
     const AccumulatorThread at(thread);
     const Score score = params.score.at(work.head);
+    const auto schedule = params.schedule.at(work.batch, work.head);
     const int first_row = work.q_tile * kTile.q + warpgroup * kWarpgroupRows;
 
     float out[kHeadDim / 2] = {};
@@ -159,18 +160,11 @@ struct ForwardKernel {
       ring.release(position);
       position.advance();
     };
-    const auto mask = [&](int k_tile) {
-#pragma unroll
-      for (int i = 0; i < kTile.k / 2; ++i) {
-        const int key = k_tile * kTile.k + at.column(i / 4) + i % 2;
-        scores[i] = params.schedule.keeps(first_row + at.row(i / 2 % 2), key) ? scores[i] : -kInfinity;
-      }
-    };
     // Scores become weights; decay is what the output so far must be multiplied by.
     float decay[2];
     const auto absorb = [&](int k_tile, auto coverage) {
       if constexpr (coverage() == Coverage::kPartial) {
-        mask(k_tile);
+        mask(schedule.tile_mask(work.q_tile, k_tile, kTile), warpgroup * kWarpgroupRows, at, scores, -kInfinity);
       }
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
@@ -187,7 +181,7 @@ struct ForwardKernel {
       wgmma::wait<0>();
       wgmma::pin(scores);
       release(shared.k_ring, k_at);
-      absorb(run.first, CoverageTag<Coverage::kPartial>{});  // `keeps` holds for a full tile as well
+      absorb(run.first, CoverageTag<Coverage::kPartial>{});  // the mask holds for a full tile as well
       pack<Element>(scores, weights);
       ++run.first, --run.count;
 
@@ -231,7 +225,7 @@ struct ForwardKernel {
     turns.finish();
 
     const RowResult rows[2] = {score.finish(state[0], sum_over_row), score.finish(state[1], sum_over_row)};
-    params.epilogue.store(out, rows, shared.q, warpgroup, {first_row, work.head, work.batch}, params.schedule.num_q,
+    params.epilogue.store(out, rows, shared.q, warpgroup, {first_row, work.head, work.batch}, schedule.num_q,
                           params.heads);
   }
 

@@ -63,7 +63,7 @@ Status launch_forward(const ForwardProblem<Variant>& problem, Stream stream, voi
   params.epilogue.lse = problem.lse;
   params.heads = static_cast<int>(problem.q.heads());
   params.heads_per_kv_head = heads_per_kv_head(problem.q, problem.k);
-  params.q_tiles = ceil_div(problem.schedule.num_q, Kernel::kTile.q);
+  params.q_tiles = ceil_div(problem.schedule.at(0, 0).num_q, Kernel::kTile.q);
   MapEncoder encode;
   encode(problem.q, Kernel::kTile.q, params.q);
   encode(problem.k, Kernel::kTile.k, params.k);
@@ -99,8 +99,8 @@ Status launch_backward(const BackwardProblem<Variant>& problem, Stream stream,
   params.heads = static_cast<int>(problem.q.heads());
   params.kv_heads = static_cast<int>(problem.k.heads());
   params.heads_per_kv_head = heads_per_kv_head(problem.q, problem.k);
-  params.q_tiles = ceil_div(problem.schedule.num_q, Kernel::kTile.q);
-  params.k_tiles = ceil_div(problem.schedule.num_k, Kernel::kTile.k);
+  params.q_tiles = ceil_div(problem.schedule.at(0, 0).num_q, Kernel::kTile.q);
+  params.k_tiles = ceil_div(problem.schedule.at(0, 0).num_k, Kernel::kTile.k);
   plan_workspace<Kernel>(problem.q, problem.workspace, params.workspace);
   MapEncoder encode;
   encode(problem.q, Kernel::kTile.q, params.q);

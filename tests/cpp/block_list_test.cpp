@@ -200,24 +200,6 @@ const Test tightest_tiles("block list: no visited tile is empty, and none that i
   });
 });
 
-const Test mask_of_a_tile("block list: a tile's mask is keeps(), searched once", [] {
-  for_random_problems({4, 8}, {3, 16, 27}, [](const Problem& problem) {
-    const BlockList& list = problem.list;
-    for (const TileShape tile : tiles_of(list.block)) {
-      for (int q_tile = 0; q_tile * tile.q < list.num_q; ++q_tile) {
-        for_each_tile(list, q_tile, tile, [&](int k_tile, auto) {
-          const auto mask = list.tile_mask(q_tile, k_tile, tile);
-          for (int q = q_tile * tile.q; q < (q_tile + 1) * tile.q; ++q) {
-            for (int k = k_tile * tile.k; k < (k_tile + 1) * tile.k; ++k) {
-              check(mask.keeps(q, k) == list.keeps(q, k), describe(list, tile));
-            }
-          }
-        });
-      }
-    }
-  });
-});
-
 const Test longest_runs("block list: equal neighbours are one run, up to the bound on reading ahead", [] {
   for_random_problems({4, 4}, {40, 160}, [](const Problem& problem) {
     for (const TileShape tile : tiles_of(problem.list.block)) {

@@ -126,10 +126,11 @@ struct GradientTile {
 
       multiply<Isa, Update::kOverwrite>(x1, width, y1_columns, weights, kTile.k, rows);
       multiply<Isa, Update::kOverwrite>(x2, width, y2_columns, score_gradients, kTile.k, rows);
+      const auto mask = schedule.tile_mask(first / kTile.q, y_tile, kTile);
       for (int row = 0; row < rows; ++row) {
         float *const w = weights + row * kTile.k, *const g = score_gradients + row * kTile.k;
         if constexpr (coverage() == Coverage::kPartial) {
-          mask_row<Isa>(schedule, first + row, y_first, w, columns);
+          mask_row<Isa>(mask.row(row), w, columns);
         }
         V row_sum(0.f);
         for (int i = 0; i < columns; i += V::kWidth) {
@@ -163,8 +164,8 @@ struct GradientTile {
 };
 
 // `scale` is what multiplies q · k before the score policy's derivative applies.
-template <class Isa, class Element, class ScheduleOf, class Score>
-void backward(const BackwardTensors& x, const ScheduleOf& schedule_of, const Score& scores_of_heads, float scale,
+template <class Isa, class Element, ScheduleFamily Schedules, class Score>
+void backward(const BackwardTensors& x, const Schedules& schedules, const Score& scores_of_heads, float scale,
               const Threads& threads) {
   const int num_q = static_cast<int>(x.q.seq()), num_k = static_cast<int>(x.k.seq());
   const int dim = static_cast<int>(x.q.head_dim());
@@ -183,7 +184,7 @@ void backward(const BackwardTensors& x, const ScheduleOf& schedule_of, const Sco
     load_rows<Isa>(tile.x1, tokens_of<const Element>(x.q, b, h), tile.first, tile.rows, kBackwardTile.q, dim);
     load_rows<Isa>(tile.x2, tokens_of<const Element>(x.dout, b, h), tile.first, tile.rows, kBackwardTile.q, dim);
     tile.template load_terms<Score>(row_terms_of(x, b, h), tile.first, tile.rows, kBackwardTile.q);
-    tile.accumulate(schedule_of(b, h), scores_of_heads.at(static_cast<int>(h)),
+    tile.accumulate(schedules.at(static_cast<int>(b), static_cast<int>(h)), scores_of_heads.at(static_cast<int>(h)),
                     tokens_of<const Element>(x.k, b, h / group), tokens_of<const Element>(x.v, b, h / group), {});
     tile.store(tile.dx1, tokens_of<Element>(x.dq, b, h), scale);
     if constexpr (Score::kBiasGradient) {
@@ -214,9 +215,9 @@ void backward(const BackwardTensors& x, const ScheduleOf& schedule_of, const Sco
     load_rows<Isa>(tile.x1, tokens_of<const Element>(x.k, b, h_kv), tile.first, tile.rows, kBackwardTile.q, dim);
     load_rows<Isa>(tile.x2, tokens_of<const Element>(x.v, b, h_kv), tile.first, tile.rows, kBackwardTile.q, dim);
     for (std::int64_t h = h_kv * group; h < (h_kv + 1) * group; ++h) {
-      tile.accumulate(schedule_of(b, h).transposed(), scores_of_heads.at(static_cast<int>(h)),
-                      tokens_of<const Element>(x.q, b, h), tokens_of<const Element>(x.dout, b, h),
-                      row_terms_of(x, b, h));
+      tile.accumulate(schedules.at(static_cast<int>(b), static_cast<int>(h)).transposed(),
+                      scores_of_heads.at(static_cast<int>(h)), tokens_of<const Element>(x.q, b, h),
+                      tokens_of<const Element>(x.dout, b, h), row_terms_of(x, b, h));
     }
     tile.store(tile.dx1, tokens_of<Element>(x.dk, b, h_kv), scale);
     tile.store(tile.dx2, tokens_of<Element>(x.dv, b, h_kv), 1.f);

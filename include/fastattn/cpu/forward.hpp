@@ -39,11 +39,11 @@ struct Row {
   }
 };
 
-// −∞ for the scores of query q and keys [k_first, k_first + count) that the mask drops.
-template <class Isa, TileSchedule Schedule>
-void mask_row(const Schedule& schedule, int q, int k_first, float* scores, int count) {
+// −∞ for the scores of a row that the mask drops.
+template <class Isa, class RowMask>
+void mask_row(const RowMask& mask, float* scores, int count) {
   for (int k = 0; k < count; ++k) {
-    scores[k] = schedule.keeps(q, k_first + k) ? scores[k] : -kInfinity;
+    scores[k] = mask.keeps(k) ? scores[k] : -kInfinity;
   }
 }
 
@@ -51,9 +51,8 @@ void mask_row(const Schedule& schedule, int q, int k_first, float* scores, int c
 // 128 keys bound the scores to 48 KiB of the L2 cache.
 inline constexpr TileShape kForwardTile{96, 128};
 
-// `schedule_of(batch, head)` is the mask of one head.
-template <class Isa, class Element, class ScheduleOf, class Score>
-void forward(const ForwardTensors& x, const ScheduleOf& schedule_of, const Score& scores_of_heads,
+template <class Isa, class Element, ScheduleFamily Schedules, class Score>
+void forward(const ForwardTensors& x, const Schedules& schedules, const Score& scores_of_heads,
              const Threads& threads) {
   static_assert(kForwardTile.q % Isa::kRows == 0 && kForwardTile.k % Vector<Isa>::kWidth == 0);
   static_assert(2 * (kForwardTile.q + kForwardTile.k) * kMaxHeadDim + kForwardTile.q * kForwardTile.k <=
@@ -66,7 +65,7 @@ void forward(const ForwardTensors& x, const ScheduleOf& schedule_of, const Score
     // The last query tiles of a head first: under a causal mask they are the longest.
     const int q_tile = static_cast<int>(q_tiles - 1 - task % q_tiles);
     const std::int64_t h = task / q_tiles % heads, b = task / q_tiles / heads;
-    const auto schedule = schedule_of(b, h);
+    const auto schedule = schedules.at(static_cast<int>(b), static_cast<int>(h));
     const Score score = scores_of_heads.at(static_cast<int>(h));
     const int q_first = q_tile * kForwardTile.q, rows = min_of(kForwardTile.q, num_q - q_first);
 
@@ -97,10 +96,11 @@ void forward(const ForwardTensors& x, const ScheduleOf& schedule_of, const Score
       prefetch<Isa>(v_tokens, next, next_count, dim);
 
       multiply<Isa, Update::kOverwrite>(q, width, k, scores, kForwardTile.k, rows);
+      const auto mask = schedule.tile_mask(q_tile, k_tile, kForwardTile);
       for (int row = 0; row < rows; ++row) {
         float* const row_scores = scores + row * kForwardTile.k;
         if constexpr (coverage() == Coverage::kPartial) {
-          mask_row<Isa>(schedule, q_first + row, k_first, row_scores, columns);
+          mask_row<Isa>(mask.row(row), row_scores, columns);
         }
         decay[row] = score.absorb(state[row], Row<Isa>{row_scores, columns});
       }

@@ -26,10 +26,38 @@ struct Band {
     }
   };
 
+  struct RowMask {
+    Interval kept;
+
+    FASTATTN_HD constexpr bool keeps(int k) const { return kept.contains(k); }
+  };
+
+  struct TileMask {
+    int queries, keys;  // that there are from the tile's first on
+    int diagonal;       // the key opposite to the tile's first query
+    int left, right;    // of the band
+
+    FASTATTN_HD constexpr Interval existing_keys(int q) const { return {0, q < queries ? keys : 0}; }
+    FASTATTN_HD constexpr RowMask row(int q) const {
+      const int begin = max_of(q + diagonal - left, 0);
+      return {{begin, max_of(min_of(q + diagonal + right + 1, existing_keys(q).end), begin)}};
+    }
+  };
+
   FASTATTN_HD constexpr bool keeps(int q, int k) const {
     const int offset = k - q - (num_k - num_q);
     return -left <= offset && offset <= right && 0 <= k && k < num_k && q < num_q;
   }
+
+  FASTATTN_HD constexpr TileMask tile_mask(int q_tile, int k_tile, TileShape shape) const {
+    const int q = q_tile * shape.q, k = k_tile * shape.k;
+    return {num_q - q, num_k - k, q + (num_k - num_q) - k, left, right};
+  }
+
+  FASTATTN_HD constexpr int query_token(int slot) const { return slot < num_q ? slot : -1; }
+  FASTATTN_HD constexpr int key_token(int slot) const { return slot < num_k ? slot : -1; }
+
+  FASTATTN_HD constexpr Band at(int, int) const { return *this; }  // one mask for all heads
 
   FASTATTN_HD constexpr Cursor runs(int q_tile, TileShape shape) const {
     const int diagonal = num_k - num_q;
@@ -54,7 +82,7 @@ struct Band {
   FASTATTN_HD constexpr Band transposed() const { return {num_k, num_q, right, left}; }
 };
 
-static_assert(TileSchedule<Band>);
+static_assert(TileSchedule<Band> && ScheduleFamily<Band>);
 static_assert(is_exact(Band{17, 22, 6, 0}, {8, 4}));
 
 }  // namespace fastattn

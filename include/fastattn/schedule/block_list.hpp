@@ -40,17 +40,30 @@ struct BlockList {
     bool kept, full;
   };
 
-  // keeps() inside one tile that runs() yields: the list is searched once and not for each score, and not at all when
-  // the tile lies in one block and nothing is full.
+  // A row of a tile: what the band keeps, and the blocks left and right of `split`.
+  struct RowMask {
+    Interval band, exists;
+    int split;
+    bool kept[2], full[2];  // full: all that exists, whatever the band says
+
+    FASTATTN_HD constexpr bool keeps(int k) const {
+      const bool right = k >= split;
+      return (right ? kept[1] : kept[0]) && (band.contains(k) || ((right ? full[1] : full[0]) && exists.contains(k)));
+    }
+  };
+
+  // The list is searched once and not for each score, and not at all when the tile lies in one block and nothing is
+  // full.
   struct TileMask {
-    Band band;
-    int q_split, k_split;      // where the tile's second blocks begin
+    Band::TileMask band;
+    TileShape split;           // where the tile's second blocks begin
     std::uint32_t kept, full;  // bit 2 · (in the second row of blocks) + (in the second column)
 
-    FASTATTN_HD constexpr bool keeps(int q, int k) const {
-      const int bit = 2 * (q >= q_split) + (k >= k_split);
-      const bool exempt = (full >> bit & 1) != 0 && q < band.num_q && k < band.num_k;
-      return (kept >> bit & 1) != 0 && (exempt || band.keeps(q, k));
+    FASTATTN_HD constexpr RowMask row(int q) const {
+      const int first = q >= split.q ? 2 : 0;
+      const auto bit = [first](std::uint32_t bits, int column) { return (bits >> (first + column) & 1) != 0; };
+      return {
+          band.row(q).kept, band.existing_keys(q), split.k, {bit(kept, 0), bit(kept, 1)}, {bit(full, 0), bit(full, 1)}};
     }
   };
 
@@ -71,8 +84,9 @@ struct BlockList {
 
   FASTATTN_HD constexpr TileMask tile_mask(int q_tile, int k_tile, TileShape shape) const {
     const int row = q_tile * shape.q / block.q, column = k_tile * shape.k / block.k;
-    TileMask mask{band(), (row + 1) * block.q, (column + 1) * block.k, 1, 0};
-    const bool one_block = (q_tile + 1) * shape.q <= mask.q_split && (k_tile + 1) * shape.k <= mask.k_split;
+    const TileShape split{(row + 1) * block.q - q_tile * shape.q, (column + 1) * block.k - k_tile * shape.k};
+    TileMask mask{band().tile_mask(q_tile, k_tile, shape), split, 1, 0};
+    const bool one_block = shape.q <= split.q && shape.k <= split.k;
     if (one_block && rows.full == nullptr) {
       return mask;
     }
@@ -84,6 +98,9 @@ struct BlockList {
     }
     return mask;
   }
+
+  FASTATTN_HD constexpr int query_token(int slot) const { return slot < num_q ? slot : -1; }
+  FASTATTN_HD constexpr int key_token(int slot) const { return slot < num_k ? slot : -1; }
 
   struct Cursor;
   FASTATTN_HD constexpr Cursor runs(int q_tile, TileShape shape) const;
@@ -242,7 +259,7 @@ struct BlockLists {
   }
 };
 
-static_assert(TileSchedule<BlockList>);
+static_assert(TileSchedule<BlockList> && ScheduleFamily<BlockLists>);
 static_assert([] {
   const std::int32_t counts[] = {1, 2, 0}, indices[] = {1, -1, 0, 1, -1, -1};
   const BlockRows rows{counts, indices, nullptr};

@@ -28,17 +28,6 @@ struct PerAxis {
 
 FASTATTN_HD constexpr int product(const PerAxis<int>& x) { return x[0] * x[1] * x[2]; }
 
-// begin ≤ x < end
-struct Interval {
-  int begin, end;
-
-  // One comparison where begin ≤ end; scores are asked for by the million.
-  FASTATTN_HD constexpr bool contains(int x) const {
-    return static_cast<unsigned>(x - begin) < static_cast<unsigned>(end - begin);
-  }
-  FASTATTN_HD constexpr bool empty() const { return begin >= end; }
-};
-
 // The problem along one axis. A problem of fewer dimensions leads with axes of length 1.
 struct NeighborhoodAxis {
   int length;
@@ -171,21 +160,18 @@ struct NeighborhoodSchedule {
     KBox box;
     PerAxis<Interval> kept;  // positions in the tile
 
-    // `slot` counts from the tile's first key: in a kernel it is a constant but for the lane.
     FASTATTN_HD constexpr bool keeps(int slot) const {
       const PerAxis<int> at = position_in_box(box.extent(), static_cast<unsigned>(slot));
       return kept[0].contains(at[0]) & kept[1].contains(at[1]) & kept[2].contains(at[2]);
     }
   };
 
-  // keeps() inside one tile that runs() yields. A kernel makes the masks of its rows first and then asks those.
   struct TileMask {
     NeighborhoodSchedule schedule;
     SlotPlace query_tile, key_tile;
-    int first_q, first_k;
 
     FASTATTN_HD constexpr RowMask row(int q) const {
-      const PerAxis<int> at = position_in_box(schedule.q_tiling.extent(), static_cast<unsigned>(q - first_q));
+      const PerAxis<int> at = position_in_box(schedule.q_tiling.extent(), static_cast<unsigned>(q));
       RowMask row{schedule.k_tiling.box, schedule.kept_keys(advance(query_tile, at))};
       for (int a = 0; a < kAxes; ++a) {
         row.kept[a].begin -= key_tile.position[a];
@@ -193,14 +179,13 @@ struct NeighborhoodSchedule {
       }
       return row;
     }
-
-    FASTATTN_HD constexpr bool keeps(int q, int k) const { return row(q).keeps(k - first_k); }
   };
 
-  FASTATTN_HD constexpr TileMask tile_mask(int q_tile, int k_tile, TileShape shape) const {
-    return {*this, place_of_tile(q_tiling, q_tile), place_of_tile(k_tiling, k_tile), q_tile * shape.q,
-            k_tile * shape.k};
+  FASTATTN_HD constexpr TileMask tile_mask(int q_tile, int k_tile, TileShape) const {
+    return {*this, place_of_tile(q_tiling, q_tile), place_of_tile(k_tiling, k_tile)};
   }
+
+  FASTATTN_HD constexpr NeighborhoodSchedule at(int, int) const { return *this; }  // one mask for all heads
 
   // The positions that a query keeps in its dilation group; none if it is padding.
   FASTATTN_HD constexpr PerAxis<Interval> kept_keys(const SlotPlace& query) const {

@@ -1,8 +1,12 @@
 // A schedule says which key tiles a query tile visits, and which scores inside them survive.
 //
-// A mask is written once, as `keeps(q, k)`. Its tiles come as runs of consecutive key tiles with a coverage: full tiles
-// need no mask, partial tiles ask `keeps` score by score, empty tiles are never produced. The TMA producer, the WGMMA
-// consumer, the CPU kernel and the planner all iterate with `for_each_tile`; they differ only in the body they pass.
+// A mask is defined once, by `keeps(q, k)`. Its tiles come as runs of consecutive key tiles with a coverage: full tiles
+// need no mask, partial tiles ask their tile mask row by row and score by score, empty tiles are never produced. The
+// TMA producer, the WGMMA consumer, the CPU kernel and the planner all iterate with `for_each_tile`; they differ only
+// in the body they pass.
+//
+// Queries and keys are counted in slots, the order in which tiles take them. `query_token` and `key_token` tell where
+// in the tensors a slot is; for most schedules slot and token are the same.
 #pragma once
 
 #include <concepts>
@@ -37,13 +41,35 @@ concept RunCursor = requires(C cursor, TileRun& run) {
   { cursor.next(run) } -> std::same_as<bool>;
 };
 
+// begin ≤ x < end
+struct Interval {
+  int begin, end;
+
+  // One comparison where begin ≤ end; scores are asked for by the million.
+  FASTATTN_HD constexpr bool contains(int x) const {
+    return static_cast<unsigned>(x - begin) < static_cast<unsigned>(end - begin);
+  }
+  FASTATTN_HD constexpr bool empty() const { return begin >= end; }
+};
+
 template <class S>
 concept TileSchedule = std::is_trivially_copyable_v<S> && requires(const S schedule, TileShape shape, int q, int k) {
   { schedule.num_q } -> std::convertible_to<int>;
   { schedule.num_k } -> std::convertible_to<int>;
   { schedule.keeps(q, k) } -> std::same_as<bool>;  // false outside [0, num_q) × [0, num_k)
   { schedule.runs(q, shape) } -> RunCursor;        // key tiles of query tile q
-  schedule.transposed();                           // the same mask with queries and keys exchanged, for the backward
+  // keeps() inside one tile that runs() yields, tile_mask(q_tile, k_tile, shape): slots are counted from the tile's
+  // first, and what the scores of a tile or of a row have in common is found once.
+  { schedule.tile_mask(q, k, shape).row(q).keeps(k) } -> std::same_as<bool>;
+  { schedule.query_token(q) } -> std::same_as<int>;  // of a slot in [0, num_q) or after; −1: no token
+  { schedule.key_token(k) } -> std::same_as<int>;
+  schedule.transposed();  // the same mask with queries and keys exchanged, for the backward
+};
+
+// The schedules of all heads, which share num_q and num_k.
+template <class S>
+concept ScheduleFamily = std::is_trivially_copyable_v<S> && requires(const S schedules, int batch, int head) {
+  { schedules.at(batch, head) } -> TileSchedule;
 };
 
 // Visits every tile of a run: body(k_tile, coverage).
@@ -70,8 +96,8 @@ FASTATTN_HD constexpr void for_each_tile(const Schedule& schedule, int q_tile, T
   }
 }
 
-// The law every schedule obeys: each kept score is visited exactly once, and a full tile holds nothing but kept scores.
-// Quadratic in the problem; for tests.
+// The law every schedule obeys: each kept score is visited exactly once, a full tile holds nothing but kept scores, and
+// the mask of a visited tile is keeps(). Quadratic in the problem; for tests.
 template <TileSchedule Schedule>
 constexpr bool is_exact(const Schedule& schedule, TileShape shape) {
   for (int q_tile = 0; q_tile * shape.q < schedule.num_q; ++q_tile) {
@@ -83,11 +109,13 @@ constexpr bool is_exact(const Schedule& schedule, TileShape shape) {
     for_each_tile(schedule, q_tile, shape, [&](int k_tile, auto coverage) {
       honest = honest && k_tile > last_tile;  // ascending, hence no tile twice
       last_tile = k_tile;
-      for (int q = q_begin; q < q_end; ++q) {
-        for (int k = k_tile * shape.k; k < (k_tile + 1) * shape.k; ++k) {
-          const bool kept = schedule.keeps(q, k);
+      const auto mask = schedule.tile_mask(q_tile, k_tile, shape);
+      for (int q = 0; q < shape.q; ++q) {
+        const auto row = mask.row(q);
+        for (int k = 0; k < shape.k; ++k) {
+          const bool kept = schedule.keeps(q_begin + q, k_tile * shape.k + k);
           visited += kept;
-          honest = honest && (kept || coverage() == Coverage::kPartial);
+          honest = honest && row.keeps(k) == kept && (kept || coverage() == Coverage::kPartial);
         }
       }
     });
