@@ -7,6 +7,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "fastattn/schedule/block_list.hpp"
+#include "fastattn/schedule/neighborhood.hpp"
 #include "fastattn/tensor_view.hpp"
 
 namespace fastattn {
@@ -84,6 +86,63 @@ std::size_t attention_backward_workspace(const AttentionBackward& problem, const
 std::size_t attention_backward_workspace(const AttentionBackward& problem, Stream stream);
 Status attention_backward(const AttentionBackward& problem, const Threads& threads);
 Status attention_backward(const AttentionBackward& problem, Stream stream);
+
+// block_sparse_attention: `attention` on the blocks of scores that a list names for every head.
+
+struct BlockSparseAttention {
+  TensorView q;          // [batch, seq_q, heads, head_dim]
+  TensorView k, v;       // [batch, seq_k, kv_heads, head_dim]; heads is a multiple of kv_heads
+  TensorView out;        // like q
+  float* lse = nullptr;  // [batch, heads, seq_q], contiguous; −∞ for a row that keeps nothing
+  float scale = 1.f;
+  BlockLists blocks;  // of query heads, in memory of the device; the backward needs `columns` as well
+};
+
+Status block_sparse_attention(const BlockSparseAttention& problem, const Threads& threads);
+Status block_sparse_attention(const BlockSparseAttention& problem, Stream stream);
+
+struct BlockSparseAttentionBackward {
+  BlockSparseAttention forward;  // the problem, with the `out` and `lse` that it produced
+  TensorView dout;               // like out
+  const float* dlse = nullptr;   // like lse; null means zero
+  TensorView dq, dk, dv;         // like q, k, v
+  void* workspace = nullptr;     // block_sparse_attention_backward_workspace(…) bytes, 256-byte aligned
+};
+
+std::size_t block_sparse_attention_backward_workspace(const BlockSparseAttentionBackward& problem,
+                                                      const Threads& threads);
+std::size_t block_sparse_attention_backward_workspace(const BlockSparseAttentionBackward& problem, Stream stream);
+Status block_sparse_attention_backward(const BlockSparseAttentionBackward& problem, const Threads& threads);
+Status block_sparse_attention_backward(const BlockSparseAttentionBackward& problem, Stream stream);
+
+// neighborhood_attention: `attention` in which a query sees a box of keys around itself, in one, two or three
+// dimensions.
+
+struct NeighborhoodAttention {
+  TensorView q;          // [batch, tokens, heads, head_dim]; the tokens row-major over the axes
+  TensorView k, v;       // [batch, tokens, kv_heads, head_dim]; heads is a multiple of kv_heads
+  TensorView out;        // like q
+  float* lse = nullptr;  // [batch, heads, tokens], contiguous
+  float scale = 1.f;
+  PerAxis<NeighborhoodAxis> axes;  // outermost first; fewer than three lead with axes of length 1
+};
+
+Status neighborhood_attention(const NeighborhoodAttention& problem, const Threads& threads);
+Status neighborhood_attention(const NeighborhoodAttention& problem, Stream stream);
+
+struct NeighborhoodAttentionBackward {
+  NeighborhoodAttention forward;  // the problem, with the `out` and `lse` that it produced
+  TensorView dout;                // like out
+  const float* dlse = nullptr;    // like lse; null means zero
+  TensorView dq, dk, dv;          // like q, k, v
+  void* workspace = nullptr;      // neighborhood_attention_backward_workspace(…) bytes, 256-byte aligned
+};
+
+std::size_t neighborhood_attention_backward_workspace(const NeighborhoodAttentionBackward& problem,
+                                                      const Threads& threads);
+std::size_t neighborhood_attention_backward_workspace(const NeighborhoodAttentionBackward& problem, Stream stream);
+Status neighborhood_attention_backward(const NeighborhoodAttentionBackward& problem, const Threads& threads);
+Status neighborhood_attention_backward(const NeighborhoodAttentionBackward& problem, Stream stream);
 
 // sigmoid_attention: σ(scale · Q Kᵀ + bias) V, each weight by itself; masked scores weigh 0.
 
