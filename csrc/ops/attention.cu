@@ -56,8 +56,9 @@ Status attention_backward(const AttentionBackward& problem, Stream stream) {
 
 std::size_t attention_backward_workspace(const AttentionBackward& problem, Stream) {
   const TensorView& q = problem.forward.q;
-  return sm90::with_element(q.dtype,
-                            [&]<class Element>() { return sm90::backward_workspace<SoftmaxBand<Element>>(q); });
+  return sm90::with_element(q.dtype, [&]<class Element>() {
+    return sm90::backward_workspace<SoftmaxBand<Element>>(q, band_of(problem.forward));
+  });
 }
 
 }  // namespace fastattn

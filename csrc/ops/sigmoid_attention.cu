@@ -55,8 +55,9 @@ Status sigmoid_attention_backward(const SigmoidAttentionBackward& problem, Strea
 
 std::size_t sigmoid_attention_backward_workspace(const SigmoidAttentionBackward& problem, Stream) {
   const TensorView& q = problem.forward.q;
-  return sm90::with_element(q.dtype,
-                            [&]<class Element>() { return sm90::backward_workspace<SigmoidBand<Element>>(q); });
+  return sm90::with_element(q.dtype, [&]<class Element>() {
+    return sm90::backward_workspace<SigmoidBand<Element>>(q, band_of(problem.forward));
+  });
 }
 
 }  // namespace fastattn

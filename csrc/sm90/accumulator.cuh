@@ -20,20 +20,25 @@ struct AccumulatorThread {
   __device__ int column(int j) const { return first_column + 8 * j; }
 };
 
-// Writes `dropped` over the scores that the mask of their tile drops; row 0 of the accumulator is `first_row` of the
-// tile.
-template <class TileMask, int kCount>
-__device__ inline void mask(const TileMask& tile_mask, int first_row, AccumulatorThread at, float (&scores)[kCount],
-                            float dropped) {
+// Which scores of a tile this thread keeps: a word for each of its rows (see lane_bits).
+struct KeptBits {
+  std::uint32_t row[2];
+
+  // Writes `dropped` over the other scores.
+  template <int kCount>
+  __device__ void apply(float (&scores)[kCount], float dropped) const {
 #pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    const auto row = tile_mask.row(first_row + at.row(h));
-#pragma unroll
-    for (int i = 0; i < kCount / 2; ++i) {
-      float& score = scores[i / 2 * 4 + 2 * h + i % 2];
-      score = row.keeps(at.column(i / 2) + i % 2) ? score : dropped;
+    for (int i = 0; i < kCount; ++i) {
+      scores[i] = (row[i / 2 % 2] >> (i / 4 * 2 + i % 2) & 1) != 0 ? scores[i] : dropped;
     }
   }
+};
+
+// Row 0 of the accumulator is `first_row` of the tile. Best asked for while few registers are in use.
+template <class TileMask>
+__device__ inline KeptBits kept_bits(const TileMask& mask, int first_row, AccumulatorThread at) {
+  return {mask.row(first_row + at.row(0)).lane_bits(at.first_column),
+          mask.row(first_row + at.row(1)).lane_bits(at.first_column)};
 }
 
 // Row h of this thread as a score policy sees it (see fastattn/score/score.hpp): four lanes share a row.

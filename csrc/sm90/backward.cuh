@@ -20,6 +20,7 @@
 #include "fastattn/tensor_view.hpp"
 #include "sm90/accumulator.cuh"
 #include "sm90/config.hpp"
+#include "sm90/output.cuh"
 #include "sm90/ring.cuh"
 #include "sm90/shared_tile.cuh"
 #include "sm90/tma.cuh"
@@ -27,16 +28,18 @@
 
 namespace fastattn::sm90 {
 
-// The caller's workspace, for num_q padded to whole query tiles. Scores without row statistics have no lse2 and delta.
+// The caller's workspace, for the slots of whole query tiles. Scores without row statistics have no lse2 and delta.
 struct BackwardWorkspace {
-  float* lse2;   // [batch, heads, padded num_q]: base-2 log-sum-exp, +∞ where a row keeps nothing or does not exist
-  float* delta;  // [batch, heads, padded num_q]: Σ(out · dout) − dlse
+  float* lse2;   // [batch, heads, query slots]: base-2 log-sum-exp, +∞ where a row keeps nothing or does not exist
+  float* delta;  // [batch, heads, query slots]: Σ(out · dout) − dlse
   float* dq;     // [batch, heads, query tiles, warpgroups, 8, 128, 4]: 64 × 64 pieces in register order
 };
 
 template <class Variant>
 struct BackwardParams {
-  TensorMap q, k, v, dout, dk, dv;
+  using Origin = OriginOf<typename Variant::Schedule>;
+  TensorMap<Origin> q, k, v, dout;
+  TensorView dk, dv;
   typename Variant::Schedule schedule;  // of all heads; as in the forward: queries × keys
   typename Variant::Score score;        // of all heads
   float scale;
@@ -113,8 +116,10 @@ struct BackwardKernel {
 
   static __device__ void produce(const Params& params, Shared& shared, Work work) {
     shared.kv_full.arrive_and_expect_tx(2 * KeyTile::kBytes);
-    params.k.load(shared.k, {work.k_tile * kTile.k, work.kv_head, work.batch}, shared.kv_full);
-    params.v.load(shared.v, {work.k_tile * kTile.k, work.kv_head, work.batch}, shared.kv_full);
+    const auto place = params.schedule.at(work.batch, 0);  // the same for every head
+    const auto key_origin = place.key_origin(work.k_tile, kTile);
+    params.k.load(shared.k, key_origin, work.kv_head, work.batch, shared.kv_full);
+    params.v.load(shared.v, key_origin, work.kv_head, work.batch, shared.kv_full);
     constexpr int kRowBytes = Score::kRowStatistics ? kTile.q * sizeof(float) : 0;
     Position at;
     announce(
@@ -133,14 +138,14 @@ struct BackwardKernel {
           }
           for (int q_tile = run.first; q_tile < run.first + run.count; ++q_tile) {
             const std::int64_t tile = (std::int64_t{work.batch} * params.heads + run.head) * params.q_tiles + q_tile;
-            const TensorMap::Origin origin{q_tile * kTile.q, run.head, work.batch};
+            const auto origin = place.query_origin(q_tile, kTile);
             Barrier& q_full = shared.q_ring.begin_fill(at, QueryTile::kBytes + kRowBytes, run);
-            params.q.load(shared.q[at.stage], origin, q_full);
+            params.q.load(shared.q[at.stage], origin, run.head, work.batch, q_full);
             if constexpr (Score::kRowStatistics) {
               load_bytes(shared.lse2[at.stage], params.workspace.lse2 + tile * kTile.q, kRowBytes, q_full);
             }
             Barrier& dout_full = shared.dout_ring.begin_fill(at, QueryTile::kBytes + kRowBytes);
-            params.dout.load(shared.dout[at.stage], origin, dout_full);
+            params.dout.load(shared.dout[at.stage], origin, run.head, work.batch, dout_full);
             if constexpr (Score::kRowStatistics) {
               load_bytes(shared.delta[at.stage], params.workspace.delta + tile * kTile.q, kRowBytes, dout_full);
             }
@@ -154,7 +159,6 @@ struct BackwardKernel {
     const int thread = threadIdx.x % kWarpgroupThreads;
     const AccumulatorThread at(thread);
     const int shared_row = warpgroup * kWarpgroupRows;
-    const int first_key = work.k_tile * kTile.k + shared_row;
     const int piece_row = warpgroup % kRowPieces * kPiece, piece_column = warpgroup / kRowPieces * kPiece;
 
     float dk[kHeadDim / 2] = {}, dv[kHeadDim / 2] = {};
@@ -167,6 +171,12 @@ struct BackwardKernel {
       const int stage = position.stage;
       float scores[kTile.q / 2], dscores[kTile.q / 2];  // transposed: this warpgroup's keys × the tile's queries
       std::uint32_t weights_operand[kTile.q / 4], dscores_operand[kTile.q / 4];
+      constexpr bool kPartial = coverage() == Coverage::kPartial;
+      KeptBits kept;
+      if constexpr (kPartial) {
+        const auto transposed = params.schedule.at(work.batch, run.head).transposed();
+        kept = kept_bits(transposed.tile_mask(work.k_tile, q_tile, kTransposed), shared_row, at);
+      }
 
       shared.q_ring.wait(position);
       wgmma::pin(scores);
@@ -189,10 +199,8 @@ struct BackwardKernel {
           scores[i] = score.weight(scores[i], i % 2 == 0 ? lse2.x : lse2.y);
         }
       }
-      constexpr bool kPartial = coverage() == Coverage::kPartial;
       if constexpr (kPartial) {
-        const auto transposed = params.schedule.at(work.batch, run.head).transposed();
-        mask(transposed.tile_mask(work.k_tile, q_tile, kTransposed), shared_row, at, scores, 0.f);
+        kept.apply(scores, 0.f);
       }
       pack<Element>(scores, weights_operand);
 
@@ -270,18 +278,11 @@ struct BackwardKernel {
     for (int i = 0; i < kHeadDim / 2; ++i) {
       dk[i] *= params.scale;
     }
-    std::uint32_t rounded[kHeadDim / 4];
-    pack<Element>(dk, rounded);
-    store_packed(rounded, shared.k, shared_row, thread);
-    pack<Element>(dv, rounded);
-    store_packed(rounded, shared.v, shared_row, thread);
-    publish_shared();
-    cutlass::arch::NamedBarrier::sync(kWarpgroupThreads, 1 + warpgroup);
-    if (thread == 0) {
-      params.dk.store(shared.k, shared_row, {first_key, work.kv_head, work.batch});
-      params.dv.store(shared.v, shared_row, {first_key, work.kv_head, work.batch});
-      wait_for_stores();
-    }
+    const auto token_of = [&](int row) {
+      return params.schedule.at(work.batch, 0).key_token(work.k_tile * kTile.k + shared_row + row);
+    };
+    store_rows<Element>(dk, shared.k, shared_row, thread, 1 + warpgroup, params.dk, work.batch, work.kv_head, token_of);
+    store_rows<Element>(dv, shared.v, shared_row, thread, 1 + warpgroup, params.dv, work.batch, work.kv_head, token_of);
   }
 
   // The statistics of the queries in columns `column` and `column` + 1 of a transposed score tile.
@@ -329,28 +330,30 @@ __global__ void __launch_bounds__((BackwardKernel<Variant, kIndex>::kWarpgroups 
 inline constexpr int kRowLanes = 16;  // lanes that share a row in prepare_kernel
 inline constexpr int kHelperThreads = 256;
 
+template <class Schedules>
 struct PrepareParams {
   TensorView out, dout;
-  const float* lse;   // [batch, heads, num_q]
+  const float* lse;   // [batch, heads, tokens]
   const float* dlse;  // likewise, or null
   BackwardWorkspace workspace;
-  int padded_q;
+  Schedules schedule;
+  int slots;  // of whole query tiles
 };
 
 // lse2 and delta of every row: sixteen lanes a row, 16 bytes a lane and step.
-template <class Element>
-__global__ void prepare_kernel(PrepareParams params) {
+template <class Element, class Schedules>
+__global__ void prepare_kernel(const __grid_constant__ PrepareParams<Schedules> params) {
   const std::int64_t index = (std::int64_t{blockIdx.x} * kHelperThreads + threadIdx.x) / kRowLanes;
   const int lane = threadIdx.x % kRowLanes;
-  const int row = static_cast<int>(index % params.padded_q);
-  const std::int64_t head_index = index / params.padded_q;
+  const int token = params.schedule.at(0, 0).query_token(static_cast<int>(index % params.slots));
+  const std::int64_t head_index = index / params.slots;
   const std::int64_t heads = params.out.heads(), head = head_index % heads, batch = head_index / heads;
-  const bool exists = batch < params.out.batch() && row < params.out.seq();
+  const bool exists = batch < params.out.batch() && token >= 0;
 
   float sum = 0.f;
   if (exists) {
-    const auto* out = params.out.row<const Element>(batch, row, head);
-    const auto* dout = params.dout.row<const Element>(batch, row, head);
+    const auto* out = params.out.template row<const Element>(batch, token, head);
+    const auto* dout = params.dout.template row<const Element>(batch, token, head);
     for (int column = lane * 8; column < params.out.head_dim(); column += kRowLanes * 8) {
       const uint4 a = *reinterpret_cast<const uint4*>(out + column);
       const uint4 b = *reinterpret_cast<const uint4*>(dout + column);
@@ -368,7 +371,7 @@ __global__ void prepare_kernel(PrepareParams params) {
   if (lane == 0 && batch < params.out.batch()) {
     float lse2 = kInfinity;
     if (exists) {
-      const std::int64_t at = head_index * params.out.seq() + row;
+      const std::int64_t at = head_index * params.out.seq() + token;
       const float lse = params.lse[at];
       lse2 = lse == -kInfinity ? kInfinity : lse * kLog2E;
       sum -= params.dlse == nullptr ? 0.f : params.dlse[at];
@@ -378,16 +381,18 @@ __global__ void prepare_kernel(PrepareParams params) {
   }
 }
 
+template <class Schedules>
 struct FinishParams {
   TensorView dq;
   const float* sums;  // BackwardWorkspace::dq
+  Schedules schedule;
   float scale;
   int q_tiles;
 };
 
 // dQ = scale · the sums, rounded and back in row order; one block per 64 × 64 piece.
-template <class Element, class Kernel>
-__global__ void finish_kernel(FinishParams params) {
+template <class Element, class Kernel, class Schedules>
+__global__ void finish_kernel(const __grid_constant__ FinishParams<Schedules> params) {
   constexpr int kPiece = Kernel::kPiece;
   const int warpgroup = blockIdx.x % Kernel::kWarpgroups;
   const std::int64_t tile = blockIdx.x / Kernel::kWarpgroups;
@@ -397,6 +402,8 @@ __global__ void finish_kernel(FinishParams params) {
   const AccumulatorThread at(threadIdx.x);
   const int first_row = q_tile * Kernel::kTile.q + warpgroup % Kernel::kRowPieces * kPiece;
   const int first_column = warpgroup / Kernel::kRowPieces * kPiece;
+  const auto schedule = params.schedule.at(0, 0);
+  const int tokens[2] = {schedule.query_token(first_row + at.row(0)), schedule.query_token(first_row + at.row(1))};
   const float* piece = params.sums + std::int64_t{blockIdx.x} * (kPiece * kPiece);
 
 #pragma unroll
@@ -407,9 +414,8 @@ __global__ void finish_kernel(FinishParams params) {
                                     DeviceElement<Element>::pack(sum.z * params.scale, sum.w * params.scale)};
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const int row = first_row + at.row(h);
-      if (row < params.dq.seq() && column < params.dq.head_dim()) {
-        *reinterpret_cast<std::uint32_t*>(params.dq.row<Element>(batch, row, head) + column) = pairs[h];
+      if (tokens[h] >= 0 && column < params.dq.head_dim()) {
+        *reinterpret_cast<std::uint32_t*>(params.dq.template row<Element>(batch, tokens[h], head) + column) = pairs[h];
       }
     }
   }

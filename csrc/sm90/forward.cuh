@@ -25,7 +25,8 @@ namespace fastattn::sm90 {
 
 template <class Variant>
 struct ForwardParams {
-  TensorMap q, k, v;
+  using Origin = OriginOf<typename Variant::Schedule>;
+  TensorMap<Origin> q, k, v;
   typename Variant::Schedule schedule;  // of all heads
   typename Variant::Score score;        // of all heads
   typename Variant::Epilogue epilogue;
@@ -94,21 +95,22 @@ struct ForwardKernel {
   }
 
   static __device__ void produce(const Params& params, Shared& shared, Work work) {
+    const auto schedule = params.schedule.at(work.batch, work.head);
     const int kv_head = work.head / params.heads_per_kv_head;
     shared.q_full.arrive_and_expect_tx(QueryTile::kBytes);
-    params.q.load(shared.q, {work.q_tile * kTile.q, work.head, work.batch}, shared.q_full);
+    params.q.load(shared.q, schedule.query_origin(work.q_tile, kTile), work.head, work.batch, shared.q_full);
     Position k_at, v_at;
     int v_tile = -1;  // values run one tile behind keys, as in the consumer
     const auto load_values = [&] {
       if (v_tile >= 0) {
         Barrier& full = shared.v_ring.begin_fill(v_at, KeyTile::kBytes);
-        params.v.load(shared.v[v_at.stage], {v_tile * kTile.k, kv_head, work.batch}, full);
+        params.v.load(shared.v[v_at.stage], schedule.key_origin(v_tile, kTile), kv_head, work.batch, full);
         v_at.advance();
       }
     };
     announce(
         [&](auto&& report) {
-          auto cursor = params.schedule.at(work.batch, work.head).runs(work.q_tile, kTile);
+          auto cursor = schedule.runs(work.q_tile, kTile);
           for (TileRun run; cursor.next(run);) {
             report(work.head, run);
           }
@@ -119,7 +121,7 @@ struct ForwardKernel {
           }
           for (int k_tile = run.first; k_tile < run.first + run.count; ++k_tile) {
             Barrier& full = shared.k_ring.begin_fill(k_at, KeyTile::kBytes, run);
-            params.k.load(shared.k[k_at.stage], {k_tile * kTile.k, kv_head, work.batch}, full);
+            params.k.load(shared.k[k_at.stage], schedule.key_origin(k_tile, kTile), kv_head, work.batch, full);
             k_at.advance();
             load_values();
             v_tile = k_tile;
@@ -133,7 +135,7 @@ struct ForwardKernel {
     const AccumulatorThread at(thread);
     const Score score = params.score.at(work.head);
     const auto schedule = params.schedule.at(work.batch, work.head);
-    const int first_row = work.q_tile * kTile.q + warpgroup * kWarpgroupRows;
+    const int first_row = warpgroup * kWarpgroupRows;
 
     float out[kHeadDim / 2] = {};
     float scores[kTile.k / 2];
@@ -145,8 +147,7 @@ struct ForwardKernel {
     const auto issue_scores = [&] {
       wgmma::pin(scores);
       wgmma::fence();
-      wgmma::multiply<Element, kHeadDim>(shared.q.k_major(warpgroup * kWarpgroupRows), shared.k[k_at.stage].k_major(),
-                                         scores, false);
+      wgmma::multiply<Element, kHeadDim>(shared.q.k_major(first_row), shared.k[k_at.stage].k_major(), scores, false);
       wgmma::commit();
     };
     const auto issue_output = [&] {
@@ -164,7 +165,7 @@ struct ForwardKernel {
     float decay[2];
     const auto absorb = [&](int k_tile, auto coverage) {
       if constexpr (coverage() == Coverage::kPartial) {
-        mask(schedule.tile_mask(work.q_tile, k_tile, kTile), warpgroup * kWarpgroupRows, at, scores, -kInfinity);
+        kept_bits(schedule.tile_mask(work.q_tile, k_tile, kTile), first_row, at).apply(scores, -kInfinity);
       }
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
@@ -225,8 +226,8 @@ struct ForwardKernel {
     turns.finish();
 
     const RowResult rows[2] = {score.finish(state[0], sum_over_row), score.finish(state[1], sum_over_row)};
-    params.epilogue.store(out, rows, shared.q, warpgroup, {first_row, work.head, work.batch}, schedule.num_q,
-                          params.heads);
+    params.epilogue.store(out, rows, shared.q, warpgroup, work.batch, work.head,
+                          [&](int row) { return schedule.query_token(work.q_tile * kTile.q + first_row + row); });
   }
 
   // The warpgroups' turns at the tensor cores: named barrier i is warpgroup i's permission.

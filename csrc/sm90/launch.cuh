@@ -34,8 +34,9 @@ inline Status check_device() {
   return check_capability(device, major, minor);
 }
 
-// Describes `view` to the copy engine in boxes of `rows` × 64 elements.
-Status encode(const TensorView& view, int rows, TensorMap& map);
+// Describes `view` to the copy engine in tiles of `rows` consecutive tokens, or of boxes of a grid.
+Status encode(const TensorView& view, int rows, TensorMap<int>& map);
+Status encode(const TensorView& view, const GridBox& box, TensorMap<PerAxis<int>>& map);
 
 // Picks the first configuration with room for head_dim and calls launch.operator()<its index>().
 template <const auto& kConfigs, class Launch>

@@ -6,21 +6,52 @@
 #include <cstdint>
 
 #include "fastattn/score/score.hpp"
+#include "fastattn/tensor_view.hpp"
 #include "sm90/accumulator.cuh"
-#include "sm90/tma.cuh"
 
 namespace fastattn::sm90 {
 
+// Rounds the 64 × kHeadDim accumulator of one warpgroup and writes its rows to the tokens token_of(row) of a head, by
+// way of rows [first_row, first_row + 64) of `staging`: eight lanes write 128 consecutive bytes. Rows with token −1 are
+// not written. Named barrier `barrier` is used, by this warpgroup alone.
+template <class Element, class Tile, int kCount, class TokenOf>
+__device__ void store_rows(const float (&value)[kCount], Tile& staging, int first_row, int thread, int barrier,
+                           const TensorView& to, std::int64_t batch, std::int64_t head, TokenOf&& token_of) {
+  constexpr int kUnits = kPanelRowBytes / 16, kElements = 16 / sizeof(Element);
+  std::uint32_t rounded[kCount / 2];
+  pack<Element>(value, rounded);
+  store_packed(rounded, staging, first_row, thread);
+  cutlass::arch::NamedBarrier::sync(kWarpgroupThreads, barrier);
+  const int unit = thread % kUnits;
+#pragma unroll
+  for (int i = 0; i < kWarpgroupRows * kUnits / kWarpgroupThreads; ++i) {
+    const int row = i * (kWarpgroupThreads / kUnits) + thread / kUnits;
+    const int token = token_of(row);
+    if (token < 0) {
+      continue;
+    }
+    Element* const address = to.row<Element>(batch, token, head);
+    const int shared_row = first_row + row;
+#pragma unroll
+    for (int panel = 0; panel < Tile::kPanels; ++panel) {
+      const int column = panel * kPanelColumns + unit * kElements;
+      if (column < to.head_dim()) {
+        *reinterpret_cast<uint4*>(address + column) = *reinterpret_cast<const uint4*>(
+            staging.panel(panel) + shared_row * kPanelRowBytes + (unit ^ shared_row % 8) * 16);
+      }
+    }
+  }
+}
+
 template <class Element, bool kWithLse>
 struct Output {
-  TensorMap out;
-  float* lse;  // [batch, heads, num_q]; unused without
+  TensorView out;
+  float* lse;  // [batch, heads, tokens]; unused without
 
-  // Stores the 64 rows of one warpgroup by way of its rows of `staging`; `rows` are this thread's two. Named barrier
-  // `warpgroup` is used.
-  template <class Tile, int kCount>
-  __device__ void store(float (&value)[kCount], const RowResult (&rows)[2], Tile& staging, int warpgroup,
-                        TensorMap::Origin origin, int num_q, int heads) const {
+  // Stores the 64 rows of one warpgroup; `rows` are this thread's two. Named barrier `warpgroup` is used.
+  template <class Tile, int kCount, class TokenOf>
+  __device__ void store(float (&value)[kCount], const RowResult (&rows)[2], Tile& staging, int warpgroup, int batch,
+                        int head, TokenOf&& token_of) const {
     const int thread = threadIdx.x % kWarpgroupThreads;
     const AccumulatorThread at(thread);
 #pragma unroll
@@ -30,21 +61,13 @@ struct Output {
     if constexpr (kWithLse) {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        const int row = origin.row + at.row(h);
-        if (at.first_column == 0 && row < num_q) {
-          lse[(std::int64_t{origin.batch} * heads + origin.head) * num_q + row] = rows[h].lse;
+        const int token = token_of(at.row(h));
+        if (at.first_column == 0 && token >= 0) {
+          lse[(batch * out.heads() + head) * out.seq() + token] = rows[h].lse;
         }
       }
     }
-    std::uint32_t rounded[kCount / 2];
-    pack<Element>(value, rounded);
-    store_packed(rounded, staging, warpgroup * kWarpgroupRows, thread);
-    publish_shared();
-    cutlass::arch::NamedBarrier::sync(kWarpgroupThreads, warpgroup);
-    if (thread == 0) {
-      out.store(staging, warpgroup * kWarpgroupRows, origin);
-      wait_for_stores();
-    }
+    store_rows<Element>(value, staging, warpgroup * kWarpgroupRows, thread, warpgroup, out, batch, head, token_of);
   }
 };
 

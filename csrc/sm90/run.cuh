@@ -50,25 +50,26 @@ inline int heads_per_kv_head(const TensorView& q, const TensorView& k) {
 struct MapEncoder {
   Status status;
 
-  void operator()(const TensorView& view, int rows, TensorMap& map) {
-    status = status.ok() ? encode(view, rows, map) : status;
+  template <class Box, class Origin>
+  void operator()(const TensorView& view, const Box& box, TensorMap<Origin>& map) {
+    status = status.ok() ? encode(view, box, map) : status;
   }
 };
 
 template <class Kernel, class Variant>
 Status launch_forward(const ForwardProblem<Variant>& problem, Stream stream, void (*kernel)(typename Kernel::Params)) {
+  const auto schedule = problem.schedule.at(0, 0);  // of any head, where heads do not differ
   typename Kernel::Params params{};
   params.schedule = problem.schedule;
   params.score = problem.score;
-  params.epilogue.lse = problem.lse;
   params.heads = static_cast<int>(problem.q.heads());
   params.heads_per_kv_head = heads_per_kv_head(problem.q, problem.k);
-  params.q_tiles = ceil_div(problem.schedule.at(0, 0).num_q, Kernel::kTile.q);
+  params.q_tiles = ceil_div(schedule.num_q, Kernel::kTile.q);
+  params.epilogue = {problem.out, problem.lse};
   MapEncoder encode;
-  encode(problem.q, Kernel::kTile.q, params.q);
-  encode(problem.k, Kernel::kTile.k, params.k);
-  encode(problem.v, Kernel::kTile.k, params.v);
-  encode(problem.out, kWarpgroupRows, params.epilogue.out);
+  encode(problem.q, schedule.query_box(Kernel::kTile), params.q);
+  encode(problem.k, schedule.key_box(Kernel::kTile), params.k);
+  encode(problem.v, schedule.key_box(Kernel::kTile), params.v);
   if (!encode.status.ok()) {
     return encode.status;
   }
@@ -78,8 +79,8 @@ Status launch_forward(const ForwardProblem<Variant>& problem, Stream stream, voi
 
 // The parts of the backward's workspace, and its size in bytes.
 template <class Kernel>
-std::size_t plan_workspace(const TensorView& q, void* base, BackwardWorkspace& workspace) {
-  const std::int64_t tiles = q.batch() * q.heads() * ceil_div<std::int64_t>(q.seq(), Kernel::kTile.q);
+std::size_t plan_workspace(const TensorView& q, int num_q, void* base, BackwardWorkspace& workspace) {
+  const std::int64_t tiles = q.batch() * q.heads() * ceil_div(num_q, Kernel::kTile.q);
   const std::int64_t rows = tiles * Kernel::kTile.q, statistics = Kernel::Score::kRowStatistics ? rows : 0;
   workspace.dq = static_cast<float*>(base);
   workspace.lse2 = workspace.dq + rows * Kernel::kHeadDim;
@@ -91,6 +92,8 @@ template <class Kernel, class Variant>
 Status launch_backward(const BackwardProblem<Variant>& problem, Stream stream,
                        void (*kernel)(typename Kernel::Params)) {
   using Element = typename Kernel::Element;
+  using Schedules = typename Variant::Schedule;
+  const auto schedule = problem.schedule.at(0, 0);  // of any head, where heads do not differ
   typename Kernel::Params params{};
   params.schedule = problem.schedule;
   params.score = problem.score;
@@ -99,16 +102,16 @@ Status launch_backward(const BackwardProblem<Variant>& problem, Stream stream,
   params.heads = static_cast<int>(problem.q.heads());
   params.kv_heads = static_cast<int>(problem.k.heads());
   params.heads_per_kv_head = heads_per_kv_head(problem.q, problem.k);
-  params.q_tiles = ceil_div(problem.schedule.at(0, 0).num_q, Kernel::kTile.q);
-  params.k_tiles = ceil_div(problem.schedule.at(0, 0).num_k, Kernel::kTile.k);
-  plan_workspace<Kernel>(problem.q, problem.workspace, params.workspace);
+  params.q_tiles = ceil_div(schedule.num_q, Kernel::kTile.q);
+  params.k_tiles = ceil_div(schedule.num_k, Kernel::kTile.k);
+  params.dk = problem.dk;
+  params.dv = problem.dv;
+  plan_workspace<Kernel>(problem.q, schedule.num_q, problem.workspace, params.workspace);
   MapEncoder encode;
-  encode(problem.q, Kernel::kTile.q, params.q);
-  encode(problem.dout, Kernel::kTile.q, params.dout);
-  encode(problem.k, Kernel::kTile.k, params.k);
-  encode(problem.v, Kernel::kTile.k, params.v);
-  encode(problem.dk, kWarpgroupRows, params.dk);
-  encode(problem.dv, kWarpgroupRows, params.dv);
+  encode(problem.q, schedule.query_box(Kernel::kTile), params.q);
+  encode(problem.dout, schedule.query_box(Kernel::kTile), params.dout);
+  encode(problem.k, schedule.key_box(Kernel::kTile), params.k);
+  encode(problem.v, schedule.key_box(Kernel::kTile), params.v);
 
   Status status = encode.status;
   const std::int64_t tiles = problem.q.batch() * params.heads * params.q_tiles;
@@ -119,10 +122,15 @@ Status launch_backward(const BackwardProblem<Variant>& problem, Stream stream,
   };
   if constexpr (Kernel::Score::kRowStatistics) {
     if (status.ok()) {
-      const PrepareParams prepare{problem.out,  problem.dout,     problem.lse,
-                                  problem.dlse, params.workspace, params.q_tiles * Kernel::kTile.q};
-      status = launch(prepare_kernel<Element>, ceil_div<std::int64_t>(rows * kRowLanes, kHelperThreads), kHelperThreads,
-                      0, stream, prepare);
+      const PrepareParams<Schedules> prepare{problem.out,
+                                             problem.dout,
+                                             problem.lse,
+                                             problem.dlse,
+                                             params.workspace,
+                                             problem.schedule,
+                                             params.q_tiles * Kernel::kTile.q};
+      status = launch(prepare_kernel<Element, Schedules>, ceil_div<std::int64_t>(rows * kRowLanes, kHelperThreads),
+                      kHelperThreads, 0, stream, prepare);
     }
   }
   if (status.ok() && problem.dbias != nullptr) {
@@ -136,8 +144,10 @@ Status launch_backward(const BackwardProblem<Variant>& problem, Stream stream,
                     (Kernel::kWarpgroups + 1) * kWarpgroupThreads, sizeof(typename Kernel::Shared), stream, params);
   }
   if (status.ok()) {
-    const FinishParams finish{problem.dq, params.workspace.dq, problem.scale, params.q_tiles};
-    status = launch(finish_kernel<Element, Kernel>, tiles * Kernel::kWarpgroups, kWarpgroupThreads, 0, stream, finish);
+    const FinishParams<Schedules> finish{problem.dq, params.workspace.dq, problem.schedule, problem.scale,
+                                         params.q_tiles};
+    status = launch(finish_kernel<Element, Kernel, Schedules>, tiles * Kernel::kWarpgroups, kWarpgroupThreads, 0,
+                    stream, finish);
   }
   return status;
 }
@@ -158,11 +168,11 @@ Status run_backward(const char* op, const BackwardProblem<Variant>& problem, Str
 
 // Bytes of workspace for a backward over `q`; 0 if there is no kernel for it.
 template <class Variant>
-std::size_t backward_workspace(const TensorView& q) {
+std::size_t backward_workspace(const TensorView& q, const typename Variant::Schedule& schedule) {
   std::size_t bytes = 0;
   dispatch<Variant::kBackward>("", q.head_dim(), [&]<int kIndex>() {
     BackwardWorkspace workspace;
-    bytes = plan_workspace<BackwardKernel<Variant, kIndex>>(q, nullptr, workspace);
+    bytes = plan_workspace<BackwardKernel<Variant, kIndex>>(q, schedule.at(0, 0).num_q, nullptr, workspace);
     return Status{};
   });
   return bytes;

@@ -19,35 +19,32 @@ PFN_cuTensorMapEncodeTiled_v12000 find_encoder() {
              : nullptr;
 }
 
-}  // namespace
+// A tensor as the copy engine addresses it, fastest dimension first.
+struct Layout {
+  int rank;
+  cuuint64_t extent[5], stride[4];  // strides in elements, of every dimension but the first
+  cuuint32_t box[5], step[5];
+};
 
-Status encode(const TensorView& view, int rows, TensorMap& map) {
+Status encode(const TensorView& view, Layout layout, CUtensorMap& map) {
   static const auto encoder = find_encoder();
   if (encoder == nullptr) {
     return failure("the CUDA driver has no cuTensorMapEncodeTiled: version 12.0 or newer is needed");
   }
   if (view.size() == 0) {
-    return {};  // never loaded from nor stored to
+    return {};  // never loaded from
   }
   constexpr std::uint64_t kElementBytes = 2;
-  constexpr int kOrder[4] = {3, 1, 2, 0};  // fastest first: head_dim, seq, heads, batch
-  cuuint64_t extent[4], stride[3];
-  for (int i = 0; i < 4; ++i) {
-    extent[i] = static_cast<cuuint64_t>(view.shape[kOrder[i]]);
-  }
-  for (int i = 0; i < 3; ++i) {
+  for (int i = 0; i < layout.rank - 1; ++i) {
     // The stride of an axis of length 1 means nothing and may be anything; the encoder still wants a multiple of 16
     // bytes.
-    const int axis = kOrder[i + 1];
-    stride[i] = view.shape[axis] == 1 ? 16 : static_cast<cuuint64_t>(view.stride[axis]) * kElementBytes;
+    layout.stride[i] = layout.extent[i + 1] == 1 ? 16 : layout.stride[i] * kElementBytes;
   }
-  const cuuint32_t box[4] = {kPanelColumns, static_cast<cuuint32_t>(rows), 1, 1};
-  const cuuint32_t step[4] = {1, 1, 1, 1};
   const CUtensorMapDataType type =
       view.dtype == DType::kBFloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
-  const CUresult result =
-      encoder(&map.map, type, 4, view.data, extent, stride, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE,
-              CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const CUresult result = encoder(&map, type, layout.rank, view.data, layout.extent, layout.stride, layout.box,
+                                  layout.step, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                                  CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result != CUDA_SUCCESS) {
     return failure(
         "no tensor map for shape [%lld, %lld, %lld, %lld], strides [%lld, %lld, %lld, %lld]: GPU tensors need a "
@@ -58,6 +55,58 @@ Status encode(const TensorView& view, int rows, TensorMap& map) {
         static_cast<long long>(view.stride[2]), static_cast<long long>(view.stride[3]), static_cast<int>(result));
   }
   return {};
+}
+
+// How many of `extent` tokens, `step` apart, one copy can take: it spans at most 256 and steps at most 8.
+int part_of(int extent, int step) {
+  constexpr int kMaxSpan = 256, kMaxStep = 8;
+  int part = step > kMaxStep ? 1 : extent;
+  while (part > 1 && part * step > kMaxSpan) {
+    part /= 2;
+  }
+  return part;
+}
+
+}  // namespace
+
+Status encode(const TensorView& view, int rows, TensorMap<int>& map) {
+  Layout layout{.rank = 4,
+                .extent = {},
+                .stride = {},
+                .box = {kPanelColumns, static_cast<cuuint32_t>(rows), 1, 1},
+                .step = {1, 1, 1, 1}};
+  constexpr int kOrder[4] = {3, 1, 2, 0};  // head_dim, tokens, heads, batch
+  for (int i = 0; i < 4; ++i) {
+    layout.extent[i] = static_cast<cuuint64_t>(view.shape[kOrder[i]]);
+    if (i > 0) {
+      layout.stride[i - 1] = static_cast<cuuint64_t>(view.stride[kOrder[i]]);
+    }
+  }
+  return encode(view, layout, map.map);
+}
+
+Status encode(const TensorView& view, const GridBox& box, TensorMap<PerAxis<int>>& map) {
+  if (view.heads() > 1 && view.stride[2] != view.head_dim()) {
+    return failure("GPU tensors over a grid need heads side by side: a stride of head_dim, %lld, got %lld",
+                   static_cast<long long>(view.head_dim()), static_cast<long long>(view.stride[2]));
+  }
+  map.box = box;
+  map.head_dim = static_cast<int>(view.head_dim());
+  Layout layout{.rank = 2 + kAxes, .extent = {}, .stride = {}, .box = {kPanelColumns}, .step = {1}};
+  layout.extent[0] = static_cast<cuuint64_t>(view.heads() * view.head_dim());
+  cuuint64_t stride = static_cast<cuuint64_t>(view.stride[1]);
+  for (int axis = kAxes - 1, i = 1; axis >= 0; --axis, ++i) {
+    map.part[axis] = part_of(box.extent[axis], box.step[axis]);
+    layout.extent[i] = static_cast<cuuint64_t>(box.length[axis]);
+    layout.stride[i - 1] = stride;
+    layout.step[i] = map.part[axis] == 1 ? 1 : static_cast<cuuint32_t>(box.step[axis]);
+    layout.box[i] = static_cast<cuuint32_t>(map.part[axis]) * layout.step[i];
+    stride *= layout.extent[i];
+  }
+  layout.extent[kAxes + 1] = static_cast<cuuint64_t>(view.batch());
+  layout.stride[kAxes] = static_cast<cuuint64_t>(view.stride[0]);
+  layout.box[kAxes + 1] = layout.step[kAxes + 1] = 1;
+  return encode(view, layout, map.map);
 }
 
 }  // namespace fastattn::sm90

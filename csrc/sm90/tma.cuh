@@ -1,4 +1,4 @@
-// The bulk copy engine: tensor maps, tile loads that complete on an mbarrier, and tile stores.
+// The bulk copy engine: tensor maps, and tile loads that complete on an mbarrier.
 #pragma once
 
 #include <cuda.h>
@@ -6,7 +6,9 @@
 
 #include <cstdint>
 #include <cute/arch/copy_sm90_tma.hpp>
+#include <utility>
 
+#include "fastattn/schedule/neighborhood.hpp"
 #include "sm90/shared_tile.cuh"
 
 namespace fastattn::sm90 {
@@ -20,33 +22,53 @@ __device__ inline void wait_for(Barrier& barrier, std::uint32_t parity) {
   asm volatile("" ::: "memory");
 }
 
-// A [batch, seq, heads, head_dim] tensor as the copy engine sees it: coordinates (column, row, head, batch), boxes of
-// one panel of 64 columns by some rows. Elements outside the tensor read as zero and are not written.
-struct TensorMap {
+// A [batch, tokens, heads, head_dim] tensor as the copy engine sees it, from which tiles of kRows tokens are loaded in
+// panels of 64 columns. Elements outside the tensor read as zero. `Origin` tells where a tile's first token lies.
+template <class Origin>
+struct TensorMap;
+
+inline constexpr auto kCacheHint = static_cast<std::uint64_t>(cute::TMA::CacheHintSm90::EVICT_NORMAL);
+
+template <class Schedules>
+using OriginOf = decltype(std::declval<Schedules>().at(0, 0).query_origin(0, TileShape{}));
+
+// Consecutive tokens of a sequence: coordinates (column, token, head, batch).
+template <>
+struct TensorMap<int> {
   CUtensorMap map;
 
-  // Where a tile's first row lies.
-  struct Origin {
-    int row, head, batch;
-  };
-
   template <class Tile>
-  __device__ void load(Tile& tile, Origin origin, Barrier& barrier) const {
-    constexpr auto kHint = static_cast<std::uint64_t>(cute::TMA::CacheHintSm90::EVICT_NORMAL);
+  __device__ void load(Tile& tile, int first_token, int head, int batch, Barrier& barrier) const {
 #pragma unroll
     for (int i = 0; i < Tile::kPanels; ++i) {
-      cute::SM90_TMA_LOAD_4D::copy(&map, reinterpret_cast<std::uint64_t*>(&barrier), kHint, tile.panel(i),
-                                   i * kPanelColumns, origin.row, origin.head, origin.batch);
+      cute::SM90_TMA_LOAD_4D::copy(&map, reinterpret_cast<std::uint64_t*>(&barrier), kCacheHint, tile.panel(i),
+                                   i * kPanelColumns, first_token, head, batch);
     }
   }
+};
 
-  // Stores 64 rows of `tile`, from `first_row` on. One thread issues it, after the writers' fence and barrier.
+// A box of a grid of tokens: coordinates (column of all heads, innermost to outermost axis, batch). Five dimensions are
+// all there are, so that heads share one with their columns: they must lie side by side, and fill their panels.
+template <>
+struct TensorMap<PerAxis<int>> {
+  CUtensorMap map;
+  GridBox box;        // of a tile
+  PerAxis<int> part;  // tokens that one copy takes: all of the box, unless dilation spreads it too far
+  int head_dim;
+
   template <class Tile>
-  __device__ void store(Tile& tile, int first_row, Origin origin) const {
-#pragma unroll
+  __device__ void load(Tile& tile, PerAxis<int> origin, int head, int batch, Barrier& barrier) const {
     for (int i = 0; i < Tile::kPanels; ++i) {
-      cute::SM90_TMA_STORE_4D::copy(&map, tile.panel(i) + first_row * kPanelRowBytes, i * kPanelColumns, origin.row,
-                                    origin.head, origin.batch);
+      std::byte* to = tile.panel(i);
+      for (int x = 0; x < box.extent[0]; x += part[0]) {
+        for (int y = 0; y < box.extent[1]; y += part[1]) {
+          for (int z = 0; z < box.extent[2]; z += part[2], to += product(part) * kPanelRowBytes) {
+            cute::SM90_TMA_LOAD_5D::copy(&map, reinterpret_cast<std::uint64_t*>(&barrier), kCacheHint, to,
+                                         head * head_dim + i * kPanelColumns, origin[2] + z * box.step[2],
+                                         origin[1] + y * box.step[1], origin[0] + x * box.step[0], batch);
+          }
+        }
+      }
     }
   }
 };
@@ -58,11 +80,5 @@ __device__ inline void load_bytes(void* shared, const void* global, int bytes, B
 
 // Makes this thread's shared-memory writes visible to the copy engine and to the tensor cores.
 __device__ inline void publish_shared() { cutlass::arch::fence_view_async_shared(); }
-
-// Waits until this thread's stores have read their shared memory.
-__device__ inline void wait_for_stores() {
-  cute::tma_store_arrive();
-  cute::tma_store_wait<0>();
-}
 
 }  // namespace fastattn::sm90

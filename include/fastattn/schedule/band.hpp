@@ -30,6 +30,7 @@ struct Band {
     Interval kept;
 
     FASTATTN_HD constexpr bool keeps(int k) const { return kept.contains(k); }
+    FASTATTN_HD constexpr std::uint32_t lane_bits(int first) const { return fastattn::lane_bits(kept, first); }
   };
 
   struct TileMask {
@@ -56,6 +57,10 @@ struct Band {
 
   FASTATTN_HD constexpr int query_token(int slot) const { return slot < num_q ? slot : -1; }
   FASTATTN_HD constexpr int key_token(int slot) const { return slot < num_k ? slot : -1; }
+  FASTATTN_HD constexpr int query_origin(int q_tile, TileShape shape) const { return q_tile * shape.q; }
+  FASTATTN_HD constexpr int key_origin(int k_tile, TileShape shape) const { return k_tile * shape.k; }
+  constexpr int query_box(TileShape shape) const { return shape.q; }
+  constexpr int key_box(TileShape shape) const { return shape.k; }
 
   FASTATTN_HD constexpr Band at(int, int) const { return *this; }  // one mask for all heads
 

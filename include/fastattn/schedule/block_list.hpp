@@ -21,6 +21,11 @@ struct BlockRows {
   const std::int32_t* counts;
   const std::int32_t* indices;  // ascending within a row, none twice
   const bool* full;             // the band does not cut this block; null: it cuts every block
+  int first = 0;                // row 0 of this head, among those of all heads: pointers moved would cost registers
+
+  // The position of a row's entries; a row has room for `width`.
+  FASTATTN_HD constexpr std::int64_t entries(int row, int width) const { return std::int64_t{first + row} * width; }
+  FASTATTN_HD constexpr int count(int row) const { return counts[first + row]; }
 };
 
 // The mask of one head: query q keeps key k when the block of (q, k) is listed and is full or the band keeps (q, k).
@@ -49,6 +54,11 @@ struct BlockList {
     FASTATTN_HD constexpr bool keeps(int k) const {
       const bool right = k >= split;
       return (right ? kept[1] : kept[0]) && (band.contains(k) || ((right ? full[1] : full[0]) && exists.contains(k)));
+    }
+    FASTATTN_HD constexpr std::uint32_t lane_bits(int first) const {
+      const std::uint32_t left = lane_bits_below(split, first);
+      const auto blocks = [left](const bool (&bit)[2]) { return (bit[0] ? left : 0) | (bit[1] ? ~left : 0); };
+      return blocks(kept) & (fastattn::lane_bits(band, first) | (blocks(full) & fastattn::lane_bits(exists, first)));
     }
   };
 
@@ -101,6 +111,10 @@ struct BlockList {
 
   FASTATTN_HD constexpr int query_token(int slot) const { return slot < num_q ? slot : -1; }
   FASTATTN_HD constexpr int key_token(int slot) const { return slot < num_k ? slot : -1; }
+  FASTATTN_HD constexpr int query_origin(int q_tile, TileShape shape) const { return q_tile * shape.q; }
+  FASTATTN_HD constexpr int key_origin(int k_tile, TileShape shape) const { return k_tile * shape.k; }
+  constexpr int query_box(TileShape shape) const { return shape.q; }
+  constexpr int key_box(TileShape shape) const { return shape.k; }
 
   struct Cursor;
   FASTATTN_HD constexpr Cursor runs(int q_tile, TileShape shape) const;
@@ -130,8 +144,8 @@ struct BlockList {
     if (row >= blocks_q() || column >= blocks_k()) {
       return {false, false};
     }
-    const std::int64_t begin = std::int64_t{row} * blocks_k();
-    int low = 0, high = rows.counts[row];
+    const std::int64_t begin = rows.entries(row, blocks_k());
+    int low = 0, high = rows.count(row);
     while (low < high) {
       const int middle = (low + high) / 2;
       if (rows.indices[begin + middle] < column) {
@@ -140,19 +154,8 @@ struct BlockList {
         high = middle;
       }
     }
-    const bool kept = low < rows.counts[row] && rows.indices[begin + low] == column;
+    const bool kept = low < rows.count(row) && rows.indices[begin + low] == column;
     return {kept, kept && rows.full != nullptr && rows.full[begin + low]};
-  }
-
-  FASTATTN_HD constexpr BlockList from_row(std::int64_t row) const {
-    BlockList list = *this;
-    list.rows = skip(rows, row, blocks_k());
-    return list;
-  }
-
-  FASTATTN_HD static constexpr BlockRows skip(const BlockRows& rows, std::int64_t count, int width) {
-    return {rows.counts + count, rows.indices + count * width,
-            rows.full != nullptr ? rows.full + count * width : nullptr};
   }
 };
 
@@ -164,15 +167,18 @@ struct BlockRowReader {
 
   static constexpr int kPastTheEnd = std::numeric_limits<int>::max();
 
-  FASTATTN_HD constexpr void read(const BlockRows& rows) {
-    block = at < end ? rows.indices[at] : kPastTheEnd;
-    full = at < end && rows.full != nullptr && rows.full[at];
+  // `row`: the tile's first row of blocks.
+  FASTATTN_HD constexpr void read(const BlockRows& rows, int row, int width) {
+    const std::int64_t entry = rows.entries(row, width) + at;
+    block = at < end ? rows.indices[entry] : kPastTheEnd;
+    full = at < end && rows.full != nullptr && rows.full[entry];
   }
 };
 
 struct BlockList::Cursor {
-  BlockList list;  // its rows start at the tile's first row of blocks
+  BlockList list;
   TileShape shape;
+  int row;               // the tile's first row of blocks
   int q_first, q_split;  // the tile's first query, and where its second row of blocks begins
   int block_end;         // no block from here on keeps anything
   int next_tile;
@@ -211,19 +217,20 @@ struct BlockList::Cursor {
   }
 
   // Adds up what queries [q, q_end) keep of a tile, and leaves behind the blocks that end in it.
-  FASTATTN_HD constexpr void read_tile(BlockRowReader& row, int q, int q_end, int tile, bool& any, int& full_scores) {
+  FASTATTN_HD constexpr void read_tile(BlockRowReader& reader, int q, int q_end, int tile, bool& any,
+                                       int& full_scores) {
     const int k_begin = tile * shape.k, k_end = k_begin + shape.k;
-    while (row.block < block_end && row.block * list.block.k < k_end) {
-      const int k = max_of(k_begin, row.block * list.block.k);
-      const TileShape cell{q_end - q, min_of(k_end, (row.block + 1) * list.block.k) - k};
-      const Share share = list.share(q, k, cell, row.full);
+    while (reader.block < block_end && reader.block * list.block.k < k_end) {
+      const int k = max_of(k_begin, reader.block * list.block.k);
+      const TileShape cell{q_end - q, min_of(k_end, (reader.block + 1) * list.block.k) - k};
+      const Share share = list.share(q, k, cell, reader.full);
       any = any || share != Share::kNothing;
       full_scores += share == Share::kAll ? cell.q * cell.k : 0;
-      if ((row.block + 1) * list.block.k > k_end) {
+      if ((reader.block + 1) * list.block.k > k_end) {
         break;
       }
-      ++row.at;
-      row.read(list.rows);
+      ++reader.at;
+      reader.read(list.rows, row, list.blocks_k());
     }
   }
 };
@@ -233,12 +240,12 @@ FASTATTN_HD constexpr BlockList::Cursor BlockList::runs(int q_tile, TileShape sh
   const int band_end = rows.full != nullptr ? num_k : min_of(q_last + (num_k - num_q) + right + 1, num_k);
   const int row = q_first / block.q, width = blocks_k(), block_end = ceil_div(max_of(band_end, 0), block.k);
   const int q_split = min_of((row + 1) * block.q, q_first + shape.q);
-  Cursor cursor{from_row(row), shape, q_first, q_split, block_end, 0, {}, {}, {}};
-  cursor.first = {0, rows.counts[row], 0, false};
-  cursor.first.read(cursor.list.rows);
+  Cursor cursor{*this, shape, row, q_first, q_split, block_end, 0, {}, {}, {}};
+  cursor.first = {0, rows.count(row), 0, false};
+  cursor.first.read(rows, row, width);
   const bool two_rows = q_split < q_first + shape.q && row + 1 < blocks_q();
-  cursor.second = {width, two_rows ? width + rows.counts[row + 1] : width, 0, false};
-  cursor.second.read(cursor.list.rows);
+  cursor.second = {width, two_rows ? width + rows.count(row + 1) : width, 0, false};
+  cursor.second.read(rows, row, width);
   cursor.find_tile();
   return cursor;
 }
@@ -249,12 +256,10 @@ struct BlockLists {
   int batch, heads;
 
   FASTATTN_HD constexpr BlockList at(int b, int h) const {
-    const std::int64_t index = std::int64_t{batch == 1 ? 0 : b} * heads + (heads == 1 ? 0 : h);
+    const int index = (batch == 1 ? 0 : b) * heads + (heads == 1 ? 0 : h);
     BlockList list = first;
-    list.rows = BlockList::skip(first.rows, index * first.blocks_q(), first.blocks_k());
-    if (first.columns.counts != nullptr) {
-      list.columns = BlockList::skip(first.columns, index * first.blocks_k(), first.blocks_q());
-    }
+    list.rows.first += index * first.blocks_q();
+    list.columns.first += index * first.blocks_k();
     return list;
   }
 };

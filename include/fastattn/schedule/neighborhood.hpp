@@ -28,6 +28,11 @@ struct PerAxis {
 
 FASTATTN_HD constexpr int product(const PerAxis<int>& x) { return x[0] * x[1] * x[2]; }
 
+// Tokens of a grid of `length` tokens along each axis: `extent` of them, every `step`-th.
+struct GridBox {
+  PerAxis<int> length, extent, step;
+};
+
 // The problem along one axis. A problem of fewer dimensions leads with axes of length 1.
 struct NeighborhoodAxis {
   int length;
@@ -155,6 +160,19 @@ struct NeighborhoodSchedule {
     return keeps;
   }
 
+  FASTATTN_HD static constexpr bool is_power_of_two(int x) { return (x & (x - 1)) == 0; }
+  // The first `width` bits, again and again.
+  FASTATTN_HD static constexpr std::uint32_t repeated(std::uint32_t bits, int width) {
+    for (; width < 32; width *= 2) {
+      bits |= bits << width;
+    }
+    return bits;
+  }
+  // Fields of `width` bits, those in `kept` set.
+  FASTATTN_HD static constexpr std::uint32_t bits_of(Interval kept, int width) {
+    return low_bits(kept.end * width) & ~low_bits(kept.begin * width);
+  }
+
   // The mask of one query in one key tile.
   struct RowMask {
     KBox box;
@@ -163,6 +181,24 @@ struct NeighborhoodSchedule {
     FASTATTN_HD constexpr bool keeps(int slot) const {
       const PerAxis<int> at = position_in_box(box.extent(), static_cast<unsigned>(slot));
       return kept[0].contains(at[0]) & kept[1].contains(at[1]) & kept[2].contains(at[2]);
+    }
+
+    // In the boxes of GPU tiles a line of the innermost axis is whole octets, and extents are powers of two: one word
+    // for a line, repeated, and cut by the ranges of kept lines and planes. Score by score for any other box.
+    FASTATTN_HD constexpr std::uint32_t lane_bits(int first) const {
+      const PerAxis<int> extent = box.extent();
+      const int line = extent[2] / 4, plane = extent[1] * line;  // bits
+      if (extent[2] % 8 == 0 && is_power_of_two(line) && is_power_of_two(plane)) {
+        const Interval in_line{kept[2].begin, min_of(kept[2].end, extent[2])};
+        const Interval in_plane{kept[1].begin, min_of(kept[1].end, extent[1])};
+        return repeated(fastattn::lane_bits(in_line, first), line) & repeated(bits_of(in_plane, line), plane) &
+               bits_of(kept[0], plane);
+      }
+      std::uint32_t bits = 0;
+      for (int i = 0; i < min_of(ceil_div(product(extent), 8) * 2, 32); ++i) {
+        bits |= std::uint32_t{keeps(i / 2 * 8 + first + i % 2)} << i;
+      }
+      return bits;
     }
   };
 
@@ -234,14 +270,16 @@ struct NeighborhoodSchedule {
   FASTATTN_HD constexpr SlotPlace query_place(int slot) const { return place(q_tiling, slot); }
   FASTATTN_HD constexpr SlotPlace key_place(int slot) const { return place(k_tiling, slot); }
 
-  // Coordinates of a tile's first token, where a tensor map starts to read with a step of `dilation`. Those past the
-  // end of an axis are padding.
-  FASTATTN_HD constexpr PerAxis<int> query_origin(int q_tile) const {
+  // Where a tile's tokens lie: the coordinates of its first, and the box that follows. Coordinates past the end of an
+  // axis are padding.
+  FASTATTN_HD constexpr PerAxis<int> query_origin(int q_tile, TileShape) const {
     return coordinates(place_of_tile(q_tiling, q_tile));
   }
-  FASTATTN_HD constexpr PerAxis<int> key_origin(int k_tile) const {
+  FASTATTN_HD constexpr PerAxis<int> key_origin(int k_tile, TileShape) const {
     return coordinates(place_of_tile(k_tiling, k_tile));
   }
+  constexpr GridBox query_box(TileShape) const { return grid_box(q_tiling.extent()); }
+  constexpr GridBox key_box(TileShape) const { return grid_box(k_tiling.extent()); }
 
   // The number of kept scores: the pairs of a product set are counted axis by axis.
   constexpr long kept_scores() const {
@@ -273,6 +311,15 @@ struct NeighborhoodSchedule {
     } else {
       return rule.keys_of(position);
     }
+  }
+
+  constexpr GridBox grid_box(const PerAxis<int>& extent) const {
+    GridBox box{{}, extent, {}};
+    for (int a = 0; a < kAxes; ++a) {
+      box.length[a] = axes[a].length;
+      box.step[a] = axes[a].dilation;
+    }
+    return box;
   }
 
   template <class Box>

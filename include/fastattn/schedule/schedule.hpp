@@ -52,6 +52,23 @@ struct Interval {
   FASTATTN_HD constexpr bool empty() const { return begin >= end; }
 };
 
+FASTATTN_HD constexpr std::uint32_t low_bits(int count) {
+  return count >= 32 ? ~std::uint32_t{0} : (std::uint32_t{1} << max_of(count, 0)) - 1;
+}
+
+// The scores of a row that one lane of a tensor-core accumulator holds are slots 8 · j + first + e, with first = 0, 2,
+// 4 or 6 and e = 0 or 1. A lane's word has bit 2 · j + e set for those that are kept; these are the bits of slots below
+// `end`.
+FASTATTN_HD constexpr std::uint32_t lane_bits_below(int end, int first) {
+  constexpr std::uint32_t kEven = 0x55555555u;
+  const int slots = end - first;
+  return (low_bits((slots + 7 >> 3) * 2) & kEven) | (low_bits((slots + 6 >> 3) * 2) & ~kEven);
+}
+
+FASTATTN_HD constexpr std::uint32_t lane_bits(Interval kept, int first) {
+  return lane_bits_below(kept.end, first) & ~lane_bits_below(kept.begin, first);
+}
+
 template <class S>
 concept TileSchedule = std::is_trivially_copyable_v<S> && requires(const S schedule, TileShape shape, int q, int k) {
   { schedule.num_q } -> std::convertible_to<int>;
@@ -61,8 +78,12 @@ concept TileSchedule = std::is_trivially_copyable_v<S> && requires(const S sched
   // keeps() inside one tile that runs() yields, tile_mask(q_tile, k_tile, shape): slots are counted from the tile's
   // first, and what the scores of a tile or of a row have in common is found once.
   { schedule.tile_mask(q, k, shape).row(q).keeps(k) } -> std::same_as<bool>;
+  { schedule.tile_mask(q, k, shape).row(q).lane_bits(k) } -> std::same_as<std::uint32_t>;  // of at most 128 keys
   { schedule.query_token(q) } -> std::same_as<int>;  // of a slot in [0, num_q) or after; −1: no token
   { schedule.key_token(k) } -> std::same_as<int>;
+  // The tokens of a tile as something to copy: where its first one lies, and the shape of the whole.
+  schedule.query_origin(q, shape), schedule.key_origin(k, shape);
+  schedule.query_box(shape), schedule.key_box(shape);
   schedule.transposed();  // the same mask with queries and keys exchanged, for the backward
 };
 
@@ -112,10 +133,12 @@ constexpr bool is_exact(const Schedule& schedule, TileShape shape) {
       const auto mask = schedule.tile_mask(q_tile, k_tile, shape);
       for (int q = 0; q < shape.q; ++q) {
         const auto row = mask.row(q);
+        const std::uint32_t bits[4] = {row.lane_bits(0), row.lane_bits(2), row.lane_bits(4), row.lane_bits(6)};
         for (int k = 0; k < shape.k; ++k) {
           const bool kept = schedule.keeps(q_begin + q, k_tile * shape.k + k);
           visited += kept;
-          honest = honest && row.keeps(k) == kept && (kept || coverage() == Coverage::kPartial);
+          const bool bit = k < 128 ? (bits[k % 8 / 2] >> (k / 8 * 2 + k % 2) & 1) != 0 : kept;
+          honest = honest && row.keeps(k) == kept && bit == kept && (kept || coverage() == Coverage::kPartial);
         }
       }
     });
