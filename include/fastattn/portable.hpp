@@ -35,7 +35,15 @@ FASTATTN_HD constexpr T ceil_div(T a, T b) {
 FASTATTN_HD float exp2(float x) { return ::exp2f(x); }
 FASTATTN_HD float log2(float x) { return ::log2f(x); }
 FASTATTN_HD float fused_multiply_add(float a, float b, float c) { return ::fmaf(a, b, c); }
-FASTATTN_HD float minus_magnitude(float x) { return -::fabsf(x); }
+FASTATTN_HD float minus_magnitude(float x) {
+#if defined(__CUDA_ARCH__)
+  // Part of the instruction that takes it. With fast math fabsf and the minus flush denormals, in an instruction each.
+  asm("{ .reg .f32 magnitude; abs.f32 magnitude, %0; neg.f32 %0, magnitude; }" : "+f"(x));
+  return x;
+#else
+  return -::fabsf(x);
+#endif
+}
 FASTATTN_HD float where_negative(float x, float negative, float otherwise) { return x < 0.f ? negative : otherwise; }
 
 }  // namespace fastattn
