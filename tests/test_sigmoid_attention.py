@@ -58,6 +58,28 @@ def test_weights_are_accurate_where_they_live(n: int, device, dtype) -> None:
     assert worst < (5e-4 if dtype == torch.float32 else 5e-3)
 
 
+@pytest.mark.parametrize("bias", [0.0, -3.0, -6.0])
+def test_small_and_large_weights_share_a_tile(bias: float, device, dtype) -> None:
+    """Hopper weighs a warp's scores in a cheaper way if all weights are below 1/17 (x < -4 ln 2): here some rows of a
+    tile allow it, some just do, some do not. v is the identity over the second tile, so that its weights show.
+    """
+    reach = torch.tensor([0.0, 0.1, 0.5, 1.0, 3.0, 0.0, 0.2, 1.5], device=device).repeat_interleave(32)
+    q = (torch.randn(1, 256, 1, 128, device=device) * reach[:, None, None]).to(dtype)
+    k = torch.randn(1, 256, 1, 128, device=device).to(dtype)
+    v = torch.eye(256, device=device, dtype=dtype)[None, :, None, 128:]
+    dout = torch.ones_like(q)
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    exact_leaves = [x.double().requires_grad_() for x in (q, k, v)]
+    out = fastattn.sigmoid_attention(*leaves, bias=bias)
+    exact = reference.sigmoid_attention(*exact_leaves, bias=bias)
+    worst = ((out - exact) / exact).abs().max().item()
+    assert worst < (5e-4 if dtype == torch.float32 else 5e-3)
+    gradients = torch.autograd.grad(out, leaves, dout)
+    exact_gradients = torch.autograd.grad(exact, exact_leaves, dout.double())
+    for name, result, truth in zip(NAMES[1:], gradients, exact_gradients, strict=False):
+        assert relative_error(result, truth) < (1e-5 if dtype == torch.float32 else 1e-2), name
+
+
 def test_default_bias_is_minus_log_of_the_keys(device, dtype) -> None:
     q, k, v = Case(40, 90).inputs(device, dtype)
     expected = fastattn.sigmoid_attention(q, k, v, bias=-math.log(90))

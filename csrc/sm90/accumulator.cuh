@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "fastattn/portable.hpp"
+#include "fastattn/score/score.hpp"
 #include "sm90/shared_tile.cuh"
 #include "sm90/wgmma.cuh"
 
@@ -41,6 +42,26 @@ __device__ inline KeptBits kept_bits(const TileMask& mask, int first_row, Accumu
           mask.row(first_row + at.row(1)).lane_bits(at.first_column)};
 }
 
+// Applies functions of one type to this thread's scores: replace(step) is to put step(function, score) in the place of
+// each. A shortcut is taken if it holds for all scores of the warp.
+template <class Function, class Replace>
+__device__ inline auto apply_to_scores(Replace&& replace) {
+  if constexpr (HasShortcut<Function>) {
+    int signs = -1;
+    replace([&](const Function& function, float score) {
+      const float argument = function.argument(score);
+      signs &= __float_as_int(argument);
+      return argument;
+    });
+    if (__all_sync(0xffffffffu, signs < 0)) {
+      return replace([](const Function& function, float argument) { return function.shortcut(argument); });
+    }
+    return replace([](const Function& function, float argument) { return function.general(argument); });
+  } else {
+    return replace([](const Function& function, float score) { return function(score); });
+  }
+}
+
 // Row h of this thread as a score policy sees it (see fastattn/score/score.hpp): four lanes share a row.
 template <int kCount>
 struct AccumulatorRow {
@@ -66,18 +87,20 @@ struct AccumulatorRow {
   }
 
   template <class Function>
-  __device__ float apply(Function&& function) const {
-    float partial[kChains] = {};
+  __device__ float apply(const Function& function) const {
+    return apply_to_scores<Function>([&](auto&& step) {
+      float partial[kChains] = {};
 #pragma unroll
-    for (int j = 0; j < kPairs; ++j) {
-      float& low = value[4 * j + 2 * h];
-      float& high = value[4 * j + 2 * h + 1];
-      low = function(low);
-      high = function(high);
-      partial[0] += low;
-      partial[1] += high;
-    }
-    return partial[0] + partial[1];
+      for (int j = 0; j < kPairs; ++j) {
+        float& low = value[4 * j + 2 * h];
+        float& high = value[4 * j + 2 * h + 1];
+        low = step(function, low);
+        high = step(function, high);
+        partial[0] += low;
+        partial[1] += high;
+      }
+      return partial[0] + partial[1];
+    });
   }
 };
 

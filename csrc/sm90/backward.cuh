@@ -191,14 +191,16 @@ struct BackwardKernel {
 
       wgmma::wait<1>();
       wgmma::pin(scores);
+      apply_to_scores<decltype(score.weight(0.f))>([&](auto&& step) {
 #pragma unroll
-      for (int j = 0; j < kTile.q / 8; ++j) {
-        const float2 lse2 = row_statistics(shared.lse2[stage], at.column(j));
+        for (int j = 0; j < kTile.q / 8; ++j) {
+          const float2 lse2 = row_statistics(shared.lse2[stage], at.column(j));
 #pragma unroll
-        for (int i = 4 * j; i < 4 * j + 4; ++i) {
-          scores[i] = score.weight(scores[i], i % 2 == 0 ? lse2.x : lse2.y);
+          for (int i = 4 * j; i < 4 * j + 4; ++i) {
+            scores[i] = step(score.weight(i % 2 == 0 ? lse2.x : lse2.y), scores[i]);
+          }
         }
-      }
+      });
       if constexpr (kPartial) {
         kept.apply(scores, 0.f);
       }

@@ -40,10 +40,45 @@ const Test range("sigmoid: the whole range, and what is not a number", [] {
   check(std::isnan(logistic2(std::nanf(""))), "NaN stays");
 });
 
+const Test shortcut("sigmoid: the shortcut holds wherever the argument is negative", [] {
+  const Logistic weight{0.5f, -3.f};  // x = score / 2 − 3 in units of log 2; the shortcut ends at score −2
+  double excess = -1.;
+  for (double score = -200.; score < -2.; score += 1. / 64.) {
+    const float argument = weight.argument(static_cast<float>(score));
+    check(argument < 0.f, "argument of score " + std::to_string(score));
+    const double x = (0.5 * score - 3.) / kLog2E, exact = 1. / (1. + std::exp(-x));
+    const double allowed = std::min(6.4e-4, 0.05 * exact) + 3e-6;  // and the rounding of x
+    excess = std::max(excess, relative_error(weight.shortcut(argument), x) - allowed);
+  }
+  check(excess <= 0., std::to_string(excess) + " too much");
+  check(!std::signbit(weight.argument(-2.f)), "x = -4 goes the general way");
+  check(relative_error(weight.shortcut(0.f), -4. / kLog2E) < 7e-4, "but rounding x to it does no harm");
+});
+
+const Test general("sigmoid: the general form is the weight", [] {
+  const Logistic weight{0.5f, -3.f};
+  for (double score = -100.; score <= 100.; score += 1. / 16.) {
+    const float result = weight.general(weight.argument(static_cast<float>(score)));
+    check(relative_error(result, (0.5 * score - 3.) / kLog2E) < 4e-4, "score " + std::to_string(score));
+  }
+});
+
+const Test not_finite("sigmoid: what is not finite, either way", [] {
+  const Logistic weight{0.5f, -3.f};
+  const float masked = weight.argument(-kInfinity), largest = weight.argument(kInfinity);
+  check(std::signbit(masked) && !std::signbit(largest), "a masked score does not stand in the shortcut's way");
+  check(weight.shortcut(masked) == 0.f && weight.general(masked) == 0.f, "a masked score weighs exactly 0");
+  check(weight.general(largest) == 1.f, "the largest weight");
+  for (const float nan : {std::nanf(""), -std::nanf("")}) {  // its sign may lead either way
+    const float argument = weight.argument(nan);
+    check(std::isnan(weight.shortcut(argument)) && std::isnan(weight.general(argument)), "NaN stays");
+  }
+});
+
 const Test gradient("sigmoid: the gradient is the derivative", [] {
   const Sigmoid policy{kLog2E, -2.f * kLog2E};
   for (float score = -6.f; score < 6.f; score += 0.25f) {
-    const float weight = policy.weight(score, 0.f);
+    const float weight = policy.weight(0.f)(score);
     const double exact = 1. / (1. + std::exp(2. - score)), slope = exact * (1. - exact);
     check(std::abs(policy.score_gradient(weight, 3.f, 0.f) - 3. * slope) < 1e-3 * 3. * slope, "slope");
   }

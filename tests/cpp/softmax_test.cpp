@@ -127,7 +127,7 @@ const Test empty("softmax: a row that keeps nothing gives scale 0 and log-sum-ex
   const RowResult result = policy.finish(state, Identity{});
   check(result.output_scale == 0.f && result.lse == -kInfinity, "all masked");
   check(std::all_of(scores.begin(), scores.end(), [](float w) { return w == 0.f; }), "weights are exactly 0");
-  check(policy.weight(3.f, kInfinity) == 0.f && policy.weight(-kInfinity, kInfinity) == 0.f, "backward weight is 0");
+  check(policy.weight(kInfinity)(3.f) == 0.f && policy.weight(kInfinity)(-kInfinity) == 0.f, "backward weight is 0");
 });
 
 const Test late("softmax: what comes after masked tiles counts in full", [] {

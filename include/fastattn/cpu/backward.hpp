@@ -136,7 +136,7 @@ struct GradientTile {
         for (int i = 0; i < columns; i += V::kWidth) {
           const V row_lse2 = kStays == Stays::kKeys ? V::load(lse2 + i) : V(lse2[row]);
           const V row_delta = kStays == Stays::kKeys ? V::load(delta + i) : V(delta[row]);
-          const V weight = score.weight(V::load(w + i), row_lse2);
+          const V weight = score.weight(row_lse2)(V::load(w + i));
           const V gradient = score.score_gradient(weight, V::load(g + i), row_delta);
           gradient.store(g + i);
           weight.store(w + i);

@@ -25,6 +25,15 @@ concept ScoreRow = requires(R row) {
   { row.apply(Identity{}) } -> std::same_as<float>;
 };
 
+// A function of a score may have a shortcut, for processors that decide about many scores at once: the function is then
+// general(argument(score)) as well, and, where the argument's sign bit is set, the cheaper shortcut(argument(score)).
+template <class F>
+concept HasShortcut = requires(F function, float score, float argument) {
+  { function.argument(score) } -> std::same_as<float>;
+  { function.general(argument) } -> std::same_as<float>;
+  { function.shortcut(argument) } -> std::same_as<float>;
+};
+
 // What multiplies the accumulated output at the end, and the row's log-sum-exp (natural logarithm).
 struct RowResult {
   float output_scale, lse;
@@ -40,7 +49,7 @@ concept ScorePolicy = ScoreRow<Row> && requires(const P policy, typename P::Stat
   { policy.at(head) } -> std::same_as<P>;             // the policy of one head
   { policy.absorb(state, row) } -> std::same_as<float>;             // scores become weights; returns that factor
   { policy.finish(state, Identity{}) } -> std::same_as<RowResult>;  // with the reduction of a sum over the row's lanes
-  { policy.weight(x, x) } -> std::same_as<float>;                   // backward: weight(score, lse2)
+  { policy.weight(x)(x) } -> std::same_as<float>;                   // backward: weight(lse2)(score)
   { policy.score_gradient(x, x, x) } -> std::same_as<float>;        // backward: (weight, weight gradient, delta)
 };
 

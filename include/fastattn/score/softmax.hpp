@@ -24,8 +24,7 @@ struct Softmax {
     const float max_log2 = max_of(state.max_log2, row.max() * scale_log2);
     const float base = max_log2 == -kInfinity ? 0.f : max_log2;  // an empty row so far: keep −∞ − −∞ out
     const float decay = exp2(state.max_log2 - base);
-    const float scale = scale_log2;
-    const float sum = row.apply([scale, base](auto score) { return exp2(score * scale - base); });
+    const float sum = row.apply(weight(base));
     state = {max_log2, state.sum * decay + sum};
     return decay;
   }
@@ -40,8 +39,8 @@ struct Softmax {
   }
 
   template <class T>
-  FASTATTN_HD T weight(T score, T lse2) const {
-    return exp2(score * scale_log2 - lse2);
+  FASTATTN_HD auto weight(T lse2) const {
+    return [scale = scale_log2, lse2](auto score) { return exp2(score * scale - lse2); };
   }
 
   template <class T>
