@@ -223,12 +223,14 @@ struct BackwardKernel {
         }
       }
       if constexpr (Score::kBiasGradient) {
-        float share = 0.f;
+        if (params.dbias != nullptr) {
+          float share = 0.f;
 #pragma unroll
-        for (int i = 0; i < kTile.q / 2; ++i) {
-          share += dscores[i];
+          for (int i = 0; i < kTile.q / 2; ++i) {
+            share += dscores[i];
+          }
+          add_bias_gradient(params.dbias + run.head, share);
         }
-        add_bias_gradient(params, run.head, share);
       }
       pack<Element>(dscores, dscores_operand);
 
@@ -298,16 +300,13 @@ struct BackwardKernel {
 
   // Adds a thread's share of one tile to the gradient of a head's bias. Tile by tile: kept over a run, the share would
   // cost a register that head_dim 64 does not have (C7512: its products would be serialised).
-  static __device__ void add_bias_gradient(const Params& params, int head, float share) {
-    if (params.dbias == nullptr) {
-      return;
-    }
+  static __device__ void add_bias_gradient(float* dbias, float share) {
 #pragma unroll
     for (int distance = 16; distance > 0; distance /= 2) {
       share += __shfl_xor_sync(0xffffffffu, share, distance);
     }
     if (threadIdx.x % 32 == 0) {
-      atomicAdd(params.dbias + head, share);
+      atomicAdd(dbias, share);
     }
   }
 
