@@ -1,0 +1,18 @@
+// The tiles that the kernels of neighborhood attention are compiled for: the one list, which kernels and planner read.
+#pragma once
+
+#include "fastattn/schedule/neighborhood.hpp"
+
+namespace fastattn {
+
+struct NeighborhoodTiles {
+  PerAxis<int> q, k;
+};
+
+// Of problems with one, two and three axes, at every head_dim.
+inline constexpr NeighborhoodTiles kGpuNeighborhoodTiles[kAxes] = {
+    {{1, 1, 128}, {1, 1, 128}}, {{1, 8, 16}, {1, 8, 16}}, {{2, 8, 8}, {2, 8, 8}}};
+inline constexpr NeighborhoodTiles kCpuNeighborhoodTiles[kAxes] = {
+    {{1, 1, 64}, {1, 1, 64}}, {{1, 8, 8}, {1, 8, 8}}, {{2, 4, 8}, {2, 4, 8}}};
+
+}  // namespace fastattn
