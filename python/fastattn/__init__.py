@@ -8,9 +8,10 @@ from importlib.metadata import version as _version
 from . import _library
 from .attention import attention
 from .merge_attention import merge_attention
+from .plan import plan
 from .sigmoid_attention import sigmoid_attention
 
 _library.load()
 __version__ = _version("fastattn")
 
-__all__ = ["__version__", "attention", "merge_attention", "sigmoid_attention"]
+__all__ = ["__version__", "attention", "merge_attention", "plan", "sigmoid_attention"]
