@@ -1,19 +1,23 @@
-"""The planner: what it counts, what it recommends and what it refuses."""
+"""The planner: what it counts, what it recommends, what it refuses, and its commands."""
 
 from __future__ import annotations
 
 import re
+from importlib.util import find_spec
 from itertools import islice, product
 from math import ceil, prod
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
 from fastattn import plan, reference
 from fastattn._schedule import Schedule
 from fastattn.axes import axis_options, per_axis
+from fastattn.cli import app
 from test_neighborhood import MODELS, Box, assert_figures, problem_of, problems
 
 
@@ -230,3 +234,65 @@ def test_a_view_is_the_row_of_the_mask(problem: tuple[list, Box, Box], data: st.
         ):
             tile = tile * count + x // min(dilation, length) // extent
         assert view.visits[tile] > 0
+
+
+# Commands.
+
+
+def invoke(*arguments: str):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def test_simulate_shows_the_plan_and_what_the_recommended_stride_makes_of_it() -> None:
+    result = invoke("simulate", "--shape", "30x48x80", "--window", "18x24x24", "--heads", "24")
+    assert result.exit_code == 0, result.output
+    rows = [" ".join(line.split()) for line in result.output.splitlines()]
+    assert "2x8x8, 2x8x8 1x1x1 165.4 250 900 17% 49% 5.44 3.60 43" in rows
+    assert "recommended 2x8x8 81 81 900 100% 100% 11.11 11.11 21.1" in rows
+    assert "All tiles: 234 ms" in result.output
+
+
+def test_simulate_compares_tiles() -> None:
+    result = invoke("simulate", "--shape", "36x48x48", "--window", "-1x24x24", "--causal", "1x0x0", "--dilation", "1")
+    assert result.exit_code == 0, result.output
+    assert "causal 1x0x0" in result.output
+    result = invoke("simulate", "--shape=64x64", "--window=16", "--tile=8x8", "--tile=8x8/16x8", "--device=cpu")
+    assert result.exit_code == 0, result.output
+    assert "8x8, 8x8 " in result.output
+    assert "8x8, 16x8 " in result.output
+
+
+@pytest.mark.parametrize("command", [("simulate",), ("plot", "neighborhood")], ids=" ".join)
+def test_commands_refuse_with_one_line(command: tuple[str, ...]) -> None:
+    for options, message in (
+        (("--shape", "30x", "--window", "3"), "shape must be integers joined by x, such as 30x48x80, got '30x'"),
+        (("--shape", "30", "--window", "3", "--stride", "4"), "stride must be at least 1 and at most the window, 3"),
+        (("--shape", "30x30", "--window", "3", "--tile", "4x4/4"), "tiles must be pairs of a box"),
+    ):
+        result = invoke(*command, *options)
+        assert result.exit_code == 1
+        assert result.output.startswith(f"fastattn {' '.join(command)}: {message}")
+        assert result.output.count("\n") == 1
+
+
+@pytest.mark.skipif(find_spec("matplotlib") is None, reason="needs matplotlib")
+@pytest.mark.parametrize(
+    "options",
+    [
+        "--shape 300 --window 33 --stride 4 --tile 16 --causal 1",
+        "--shape 24x24 --window 7x7 --stride 2 --query 10x10 --tile 4x4/4x8",
+        "--shape 9x60 --window 3x13 --dilation 2x3 --query 1x34 --device cpu",
+        "--shape 21x16x24 --window 5x8x8 --query 20x3x7 --dilation 2x1x1",
+    ],
+)
+def test_plot(options: str, tmp_path: Path) -> None:
+    picture = tmp_path / "new" / "picture.png"
+    result = invoke("plot", "neighborhood", *options.split(), "-o", picture)
+    assert result.exit_code == 0, result.output
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_plot_refuses_a_query_outside(tmp_path: Path) -> None:
+    result = invoke("plot", "neighborhood", "--shape", "24x24", "--window", "7", "--query", "3x24")
+    assert result.exit_code == 1
+    assert "query must be the coordinates of one of 24x24 tokens, got 3x24" in result.output

@@ -1,11 +1,13 @@
-"""The command line: `fastattn demo` and `fastattn info`."""
+"""The command line."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, NoReturn
 
 import typer
 
-app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False)
+app = typer.Typer(help="Fused attention kernels.", no_args_is_help=True, add_completion=False)
+plots = typer.Typer(help="Pictures.", no_args_is_help=True)
+app.add_typer(plots, name="plot")
 
 DeviceOption = Annotated[str, typer.Option(help="cpu or cuda; by default the GPU where its kernels run, else the CPU.")]
 
@@ -21,8 +23,7 @@ def demo(
     try:
         module.run(output, device)
     except module.DemoError as error:
-        typer.echo(f"fastattn demo: {error}", err=True)
-        raise typer.Exit(1) from error
+        _fail("demo", error)
 
 
 @app.command()
@@ -37,3 +38,103 @@ def info() -> None:
     for name, value in facts().items():
         table.add_row(name, value, style="bold" if name == "fastattn" else None)
     Console().print(table)
+
+
+# Values for each axis are written 30x48x80; a single one is for all axes.
+
+ShapeOption = Annotated[str, typer.Option(help="Lengths of the axes of tokens, such as 30x48x80.")]
+WindowOption = Annotated[str, typer.Option(help="Keys along each axis, such as 18x24x24; -1 is the whole axis.")]
+StrideOption = Annotated[str, typer.Option(help="Queries along each axis that share a window.")]
+DilationOption = Annotated[str, typer.Option(help="Step between the keys of a window.")]
+CausalOption = Annotated[str, typer.Option(help="Axes that hide later keys, such as 1x0x0.")]
+KernelOption = Annotated[str, typer.Option(help="Whose tiles: cuda or cpu.")]
+
+
+@app.command()
+def simulate(
+    shape: ShapeOption,
+    window: WindowOption,
+    stride: StrideOption = "1",
+    dilation: DilationOption = "1",
+    causal: CausalOption = "0",
+    head_dim: int = 128,
+    batch: int = 1,
+    heads: int = 1,
+    device: KernelOption = "cuda",
+    tile: Annotated[
+        list[str] | None, typer.Option(help="Tiles of queries and of keys, such as 4x8x4/2x8x8; may be repeated.")
+    ] = None,
+    dense_tflops: Annotated[
+        float | None, typer.Option(help="Rate of a dense forward; by default what was measured on an H100.")
+    ] = None,
+) -> None:
+    """What neighborhood attention costs: tiles visited, their use, bounds on the speedup, and a stride that helps."""
+    from rich.console import Console
+
+    from . import simulate as module
+
+    try:
+        arguments = {
+            **_axis_arguments(window, stride, dilation, causal),
+            "head_dim": head_dim,
+            "batch": batch,
+            "heads": heads,
+            "device": device,
+            "tiles": [_boxes(each) for each in tile] if tile else None,
+            "dense_tflops": dense_tflops,
+        }
+        module.run(_extents("shape", shape), arguments, Console())
+    except ValueError as error:
+        _fail("simulate", error)
+
+
+@plots.command()
+def neighborhood(
+    shape: ShapeOption,
+    window: WindowOption,
+    query: Annotated[str, typer.Option(help="Coordinates of the query to look from; by default the middle.")] = "",
+    stride: StrideOption = "1",
+    dilation: DilationOption = "1",
+    causal: CausalOption = "0",
+    device: KernelOption = "cuda",
+    tile: Annotated[str, typer.Option(help="Tiles of queries and of keys, such as 4x4/4x8.")] = "",
+    output: Annotated[Path, typer.Option("--output", "-o", help="The picture, a PNG file.")] = Path("neighborhood.png"),
+) -> None:
+    """Draw the keys that a query sees, and the tiles that its tile visits."""
+    from . import plot as module
+
+    try:
+        module.run(
+            _extents("shape", shape),
+            output,
+            query=_extents("query", query) if query else None,
+            device=device,
+            tiles=_boxes(tile) if tile else None,
+            **_axis_arguments(window, stride, dilation, causal),
+        )
+    except ValueError as error:
+        _fail("plot neighborhood", error)
+
+
+def _extents(name: str, text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split("x"))
+    except ValueError:
+        raise ValueError(f"{name} must be integers joined by x, such as 30x48x80, got {text!r}") from None
+
+
+def _axis_arguments(window: str, stride: str, dilation: str, causal: str) -> dict[str, Any]:
+    given = {"window": window, "stride": stride, "dilation": dilation, "causal": causal}
+    values = {name: _extents(name, text) for name, text in given.items()}
+    return {name: value if len(value) > 1 else value[0] for name, value in values.items()}
+
+
+def _boxes(text: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """One box is for queries and keys."""
+    q, _, k = text.partition("/")
+    return _extents("tile", q), _extents("tile", k or q)
+
+
+def _fail(command: str, error: Exception) -> NoReturn:
+    typer.echo(f"fastattn {command}: {error}", err=True)
+    raise typer.Exit(1) from error
