@@ -1,10 +1,12 @@
 """python -m bench: fastattn and its peers on the same inputs, in turns; a table, and records in bench/results."""
 
+import importlib
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,8 +21,8 @@ from fastattn.info import best_device, gpu_obstacle
 from fastattn.measure import Float64Sample, interleaved_times
 
 from . import records
-from .cases import CPU_CASES, GPU_CASES, MODES, Case
-from .contestants import CPU_PEERS, GPU_PEERS, Attention, UnsupportedCaseError, absent_peers, ours
+from .op import MODES, Attention, Case, Contestant, Op, UnsupportedCaseError
+from .ops import OPS
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 OURS = "fastattn"
@@ -28,6 +30,7 @@ OURS = "fastattn"
 
 @dataclass
 class Measurement:
+    op: str
     case: Case
     mode: str
     dtype: str
@@ -47,7 +50,7 @@ class Measurement:
 
     def record(self, machine: dict[str, Any], commit: str) -> records.Record:
         return {
-            "op": "attention",
+            "op": self.op,
             "case": self.case.name,
             "mode": self.mode,
             "dtype": self.dtype,
@@ -65,34 +68,37 @@ class Measurement:
 
 
 def measure(
+    op: Op,
     case: Case,
     dtype: str,
     modes: list[str],
-    contestants: Mapping[str, Callable[[Case], Attention]],
+    peers: Mapping[str, Contestant],
     device: torch.device,
     seconds: float,
 ) -> list[Measurement]:
     """One case in every mode, all contestants on the same inputs."""
     random = torch.Generator(device).manual_seed(0)
 
-    def normal(seq: int, heads: int) -> Tensor:
-        shape = (case.batch, seq, heads, case.head_dim)
+    def normal(tokens: tuple[int, ...], heads: int) -> Tensor:
+        shape = (case.batch, *tokens, heads, case.head_dim)
         return torch.randn(shape, generator=random, device=device).to(DTYPES[dtype])
 
-    q, dout = (normal(case.seq_q, case.heads) for _ in range(2))
-    k, v = (normal(case.seq_k, case.kv_heads) for _ in range(2))
+    q, dout = (normal(case.q_tokens, case.heads) for _ in range(2))
+    k, v = (normal(case.k_tokens, case.kv_heads) for _ in range(2))
     backward = modes != ["fwd"]
-    sample = Float64Sample(q, k, v, dout if backward else None, causal=case.causal, window=case.window)
+    keep = partial(case.keep, device=device)
+    sample = Float64Sample(op.formula, keep, q, k, v, dout if backward else None)
 
     measurements = []
     for mode in modes:
-        measurement = Measurement(case, mode, dtype)
+        measurement = Measurement(op.name, case, mode, dtype)
         calls = {}
-        for name, build in contestants.items():
+        for name, contestant in {OURS: op.ours, **peers}.items():
             try:
-                call = prepare(build(case), q, k, v, dout, mode)
+                call = prepare(contestant.build(case), q, k, v, dout, mode)
                 result = call()
-                measurement.errors[name] = sample.error(result) if mode == "fwd" else sample.gradient_error(result)
+                if not contestant.yardstick:
+                    measurement.errors[name] = sample.error(result) if mode == "fwd" else sample.gradient_error(result)
                 calls[name] = call
             except UnsupportedCaseError as error:
                 measurement.troubles[name] = str(error)
@@ -115,6 +121,7 @@ def prepare(attention: Attention, q: Tensor, k: Tensor, v: Tensor, dout: Tensor,
 
 
 def main(
+    op: Annotated[list[str] | None, typer.Option(help="Measure this op; may be repeated; all by default.")] = None,
     cases: Annotated[str, typer.Option(help="Run the listed cases whose name matches this regular expression.")] = "",
     case: Annotated[list[str] | None, typer.Option(help="Run this case, listed or not; may be repeated.")] = None,
     modes: Annotated[str, typer.Option(help=f"Comma-separated, of {', '.join(MODES)}.")] = "fwd,bwd",
@@ -125,22 +132,22 @@ def main(
     output: Annotated[Path, typer.Option(help="Folder of the records.")] = records.RESULTS,
     show: Annotated[bool, typer.Option("--list", help="Print the names of the cases and stop.")] = False,
 ) -> None:
-    """Measure fastattn.attention and its peers on the same inputs, in turns."""
+    """Measure fastattn's ops and their peers on the same inputs, in turns."""
     where = chosen_device(device)
-    on_gpu = where.type == "cuda"
-    chosen = chosen_cases(cases, case or [], GPU_CASES if on_gpu else CPU_CASES)
+    ops = [OPS[name] for name in pick("--op", op or list(OPS), OPS)]
+    chosen = chosen_cases(ops, where.type, cases, case or [])
     if show:
-        for listed in chosen:
-            typer.echo(listed.name)
+        for its_op, each in chosen:
+            typer.echo(f"{its_op.name} {each.name}")
         return
     console = Console() if sys.stdout.isatty() else Console(width=150)  # a log has room for the table
-    contestants = {OURS: ours, **chosen_peers(peers, GPU_PEERS if on_gpu else CPU_PEERS, console)}
-    chosen_modes = pick("--modes", modes, MODES)
-    chosen_dtypes = pick("--dtypes", dtypes or ("bf16" if on_gpu else "fp32,bf16"), DTYPES)
-    if not on_gpu and (load := os.getloadavg()[0]) > 0.5:
+    racing = chosen_peers(ops, where.type, peers, console)
+    chosen_modes = pick("--modes", modes.split(","), MODES)
+    default_dtypes = "bf16" if where.type == "cuda" else "fp32,bf16"
+    chosen_dtypes = pick("--dtypes", (dtypes or default_dtypes).split(","), DTYPES)
+    if where.type == "cpu" and (load := os.getloadavg()[0]) > 0.5:
         console.print(f"This machine is busy (load {load:.1f}): times will vary, ratios less so", style="yellow")
     commit, machine = records.commit(), records.machine(where)
-    path = output / f"attention.{records.slug(machine)}.json"
     console.print(f"{machine.get('gpu') or machine['cpu']}: matrix products at {machine['gemm_tflops']:.4g} TFLOP/s")
 
     measurements: list[Measurement] = []
@@ -148,81 +155,105 @@ def main(
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("", total=len(chosen) * len(chosen_dtypes))
         for dtype in chosen_dtypes:
-            for each in chosen:
-                progress.update(task, description=f"{each.name} {dtype}")
-                new = measure(each, dtype, chosen_modes, contestants, where, seconds)
+            for its_op, each in chosen:
+                progress.update(task, description=f"{its_op.name} {each.name} {dtype}")
+                new = measure(its_op, each, dtype, chosen_modes, racing[its_op.name], where, seconds)
+                path = records.path(output, its_op.name, machine)
                 records.merge(path, [m.record(machine, commit) for m in new if OURS in m.times])
                 measurements += new
                 progress.advance(task)
-    console.print(table(measurements, list(contestants)))
-    console.print(f"Records: {path}")
+    for name in dict.fromkeys(m.op for m in measurements):
+        console.print(table([m for m in measurements if m.op == name], [OURS, *racing[name]]))
+        console.print(f"Records: {records.path(output, name, machine)}")
 
     troubles = [(m, name, text) for m in measurements for name, text in m.troubles.items()]
     for m, name, text in troubles:
-        console.print(f"{name} did not run {m.case.name} {m.mode} {m.dtype}: {text}", style="yellow", markup=False)
+        console.print(
+            f"{name} did not run {m.op} {m.case.name} {m.mode} {m.dtype}: {text}", style="yellow", markup=False
+        )
     if any(name == OURS or name in peers.split(",") for _, name, _ in troubles):
         raise typer.Exit(1)
 
 
 def chosen_device(name: str) -> torch.device:
-    pick("--device", name or "cpu", ("cpu", "cuda"))
+    pick("--device", [name or "cpu"], ("cpu", "cuda"))
     if name == "cuda" and (obstacle := gpu_obstacle()):
         raise typer.BadParameter(obstacle, param_hint="--device")
     return torch.device(name) if name else best_device()
 
 
-def chosen_cases(pattern: str, names: list[str], listed: tuple[Case, ...]) -> list[Case]:
-    try:
-        chosen = [Case.parse(name) for name in names] or [case for case in listed if re.search(pattern, case.name)]
-    except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint="--case") from error
+def chosen_cases(ops: list[Op], device: str, pattern: str, names: list[str]) -> list[tuple[Op, Case]]:
+    """The cases named, each for every op that has such; or the listed ones that match the pattern."""
+    for name in names:
+        if not any(op.kind.is_name(name) for op in ops):
+            forms = " or ".join(dict.fromkeys(op.kind.FORM for op in ops))
+            raise typer.BadParameter(f"case {name!r} is not of the form {forms}", param_hint="--case")
+    if names:
+        return [(op, op.kind.parse(name)) for op in ops for name in names if op.kind.is_name(name)]
+    chosen = [(op, op.kind.parse(name)) for op in ops for name in op.cases[device] if re.search(pattern, name)]
     if not chosen:
         raise typer.BadParameter(f"{pattern!r} matches no case of --list", param_hint="--cases")
     return chosen
 
 
-def pick(option: str, text: str, allowed: Mapping[str, object] | tuple[str, ...]) -> list[str]:
-    names = text.split(",")
+def pick(option: str, names: list[str], allowed: Iterable[str]) -> list[str]:
     for name in names:
         if name not in allowed:
             raise typer.BadParameter(f"{name!r}; allowed: {', '.join(allowed)}", param_hint=option)
     return names
 
 
-def chosen_peers(
-    text: str, known: Mapping[str, Callable[[Case], Attention]], console: Console
-) -> dict[str, Callable[[Case], Attention]]:
-    """The peers asked for, all of which must be there; or all that are there."""
+def chosen_peers(ops: list[Op], device: str, text: str, console: Console) -> dict[str, dict[str, Contestant]]:
+    """For each op, those of the peers asked for that race it, which must be there; or all that are there."""
+    known = {name: peer for op in ops for name, peer in op.peers[device].items()}
     absent = absent_peers(known)
-    names = pick("--peers", text, known) if text else [name for name in known if name not in absent]
+    names = pick("--peers", text.split(","), known) if text else [name for name in known if name not in absent]
     for name in names:
         if name in absent:
             raise typer.BadParameter(f"{name} cannot be imported: {absent[name]}", param_hint="--peers")
     if not text:
         for name, reason in absent.items():
             console.print(f"Absent: {name} ({reason})", style="yellow", markup=False)
-    return {name: known[name] for name in names}
+    return {op.name: {name: peer for name, peer in op.peers[device].items() if name in names} for op in ops}
+
+
+def absent_peers(peers: Mapping[str, Contestant]) -> dict[str, str]:
+    """Those of the peers that cannot be imported here, and why."""
+    absent = {}
+    for name, peer in peers.items():
+        try:
+            importlib.import_module(peer.module)
+        except ImportError as error:
+            absent[name] = str(error)
+    return absent
 
 
 def table(measurements: list[Measurement], names: list[str]) -> Table:
-    result = Table(title="Times in ms, and relative errors against float64", header_style="bold")
+    title = f"{measurements[0].op}: times in ms, and relative errors against float64"
+    result = Table(title=title, header_style="bold")
     for heading in ("case", "mode", "dtype"):
         result.add_column(heading, no_wrap=True)
     for heading in ("TFLOP/s", *names):
         result.add_column(heading, justify="right", no_wrap=True)
     result.add_column("best peer / ours", justify="right")
     for m in measurements:
-        cells = [f"{m.times[n] / 1e3:.4g}\n{m.errors[n]:.1e}" if n in m.times else "–" for n in names]
         ratio = m.ratio
         result.add_row(
             m.case.name,
             m.mode,
             m.dtype,
             f"{m.tflops:.4g}" if OURS in m.times else "–",
-            *cells,
+            *(cell(m, name) for name in names),
             "–" if ratio is None else f"[{'green' if ratio >= 1 else 'red'}]{ratio:.2f}[/]",
         )
     return result
+
+
+def cell(measurement: Measurement, name: str) -> str:
+    if name not in measurement.times:
+        return "–"
+    time = f"{measurement.times[name] / 1e3:.4g}"
+    return f"{time}\n{measurement.errors[name]:.1e}" if name in measurement.errors else time
 
 
 if __name__ == "__main__":

@@ -1,66 +1,75 @@
-// A benchmark case is its name: b<batch>_s<seq_q>[x<seq_k>]_h<heads>[_kv<kv_heads>]_d<head_dim>[_causal|_window<left>].
-// For example b4_s4096_h16_d128_causal, or b2_s8192_h32_kv8_d128_window1024 (causal, with 1024 keys to the left).
+// A benchmark case is its name: b<batch>_<tokens>_h<heads>[_kv<kv_heads>]_d<head_dim><mask>. How tokens and mask are
+// written depends on the kind of case. `python -m bench` reads the same names.
 #pragma once
 
-#include <algorithm>
 #include <cstdint>
 #include <regex>
 #include <stdexcept>
 #include <string>
 
-#include "fastattn/fastattn.hpp"
-
 namespace bench {
 
-struct Case {
-  std::string name;
-  std::int64_t batch, seq_q, seq_k, heads, kv_heads, head_dim;
-  fastattn::Window window;
+inline std::int64_t number(const std::ssub_match& digits, std::int64_t otherwise = 0) {
+  return digits.matched ? std::stoll(digits) : otherwise;
+}
 
-  bool keeps(std::int64_t q, std::int64_t k) const {
-    const std::int64_t offset = k - (q + seq_k - seq_q);
-    return (window.left < 0 || -window.left <= offset) && (window.right < 0 || offset <= window.right);
-  }
-
-  // The kept share of scores.
-  double density() const {
-    double kept = 0;
-    for (std::int64_t q = 0; q < seq_q; ++q) {
-      const std::int64_t diagonal = q + seq_k - seq_q;
-      const std::int64_t begin = window.left < 0 ? 0 : std::max<std::int64_t>(diagonal - window.left, 0);
-      const std::int64_t end = window.right < 0 ? seq_k : std::min(diagonal + window.right + 1, seq_k);
-      kept += static_cast<double>(std::max<std::int64_t>(end - begin, 0));
+// A name taken apart: `tokens` and `mask` are the matches of a kind's regular expressions.
+class CaseName {
+ public:
+  // `form` is an example for the message to whom the name is none.
+  CaseName(const std::string& name, const char* form, const char* tokens_grammar, const char* mask_grammar)
+      : name(name) {
+    const std::regex grammar(R"(b(\d+)_([^_]+)_h(\d+)(?:_kv(\d+))?_d(\d+)(.*))");
+    std::smatch parts;
+    if (std::regex_match(this->name, parts, grammar)) {
+      batch = number(parts[1]);
+      heads = number(parts[3]);
+      kv_heads = number(parts[4], heads);
+      head_dim = number(parts[5]);
+      tokens_text_ = parts[2];
+      mask_text_ = parts[6];
     }
-    return kept / static_cast<double>(seq_q * seq_k);
+    if (!std::regex_match(tokens_text_, tokens, std::regex(tokens_grammar)) ||
+        !std::regex_match(mask_text_, mask, std::regex(mask_grammar))) {
+      throw std::invalid_argument("case '" + name + "' is not of the form " + form);
+    }
   }
+  CaseName(const CaseName&) = delete;  // the matches point into the texts
+  CaseName& operator=(const CaseName&) = delete;
+
+  const std::string name;
+  std::int64_t batch = 0, heads = 0, kv_heads = 0, head_dim = 0;
+  std::smatch tokens, mask;
+
+ private:
+  std::string tokens_text_, mask_text_;
+};
+
+struct Case {
+  virtual ~Case() = default;
+
+  // Does this query of this (query) head see this key?
+  virtual bool keeps(std::int64_t batch, std::int64_t head, std::int64_t q, std::int64_t k) const = 0;
+  virtual double density() const = 0;  // the kept share of scores
 
   // Two matrix products forward; five, two and a half times that, backward.
   double flops(bool backward) const {
     const double forward = 4. * static_cast<double>(batch * heads * head_dim) * static_cast<double>(seq_q * seq_k);
     return forward * density() * (backward ? 2.5 : 1.);
   }
-};
 
-inline Case parse_case(const std::string& name) {
-  static const std::regex grammar(R"(b(\d+)_s(\d+)(?:x(\d+))?_h(\d+)(?:_kv(\d+))?_d(\d+)(_causal|_window(\d+))?)");
-  std::smatch match;
-  if (!std::regex_match(name, match, grammar)) {
-    throw std::invalid_argument("case '" + name +
-                                "' is not of the form b1_s4096[x8192]_h8[_kv2]_d64[_causal|_window512]");
-  }
-  const auto number = [&match](std::size_t group, std::int64_t otherwise) {
-    return match[group].matched ? std::stoll(match[group]) : otherwise;
-  };
-  const std::int64_t seq_q = number(2, 0), heads = number(4, 0);
-  const bool causal = match[7].matched;
-  return {.name = name,
-          .batch = number(1, 0),
-          .seq_q = seq_q,
-          .seq_k = number(3, seq_q),
-          .heads = heads,
-          .kv_heads = number(5, heads),
-          .head_dim = number(6, 0),
-          .window = {.left = number(8, fastattn::kUnbounded), .right = causal ? 0 : fastattn::kUnbounded}};
-}
+  std::string name;
+  std::int64_t batch, seq_q, seq_k, heads, kv_heads, head_dim;
+
+ protected:
+  Case(const CaseName& parts, std::int64_t seq_q, std::int64_t seq_k)
+      : name(parts.name),
+        batch(parts.batch),
+        seq_q(seq_q),
+        seq_k(seq_k),
+        heads(parts.heads),
+        kv_heads(parts.kv_heads),
+        head_dim(parts.head_dim) {}
+};
 
 }  // namespace bench

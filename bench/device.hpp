@@ -1,10 +1,11 @@
-// Where a case runs: memory, the op, and a clock. Failures are exceptions.
+// Where a case runs: memory, an executor for the ops, and a clock. Failures are exceptions.
 #pragma once
 
 #include <cstddef>
 #include <functional>
 #include <memory>
 #include <string>
+#include <variant>
 
 #include "fastattn/fastattn.hpp"
 
@@ -23,12 +24,17 @@ class Device {
   virtual void copy_in(void* to, const void* from, std::size_t bytes) const = 0;
   virtual void copy_out(void* to, const void* from, std::size_t bytes) const = 0;
 
-  virtual fastattn::Status run(const fastattn::Attention& problem) const = 0;
-  virtual fastattn::Status run(const fastattn::AttentionBackward& problem) const = 0;
-  virtual std::size_t workspace(const fastattn::AttentionBackward& problem) const = 0;
+  // `call` with what an op takes last: the threads or the stream.
+  template <class Call>
+  auto run(const Call& call) const {
+    return std::visit(call, executor_);
+  }
 
   // Median time of one call in microseconds, with cold caches on the GPU; about `seconds` are spent on it.
   virtual double time_us(const std::function<void()>& call, double seconds) const = 0;
+
+ protected:
+  std::variant<fastattn::StdThreads, fastattn::Stream> executor_;  // threads, unless a device has a stream
 };
 
 std::unique_ptr<Device> cpu_device();

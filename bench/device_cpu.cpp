@@ -33,16 +33,6 @@ class CpuDevice final : public Device {
   void copy_in(void* to, const void* from, std::size_t bytes) const override { std::memcpy(to, from, bytes); }
   void copy_out(void* to, const void* from, std::size_t bytes) const override { std::memcpy(to, from, bytes); }
 
-  fastattn::Status run(const fastattn::Attention& problem) const override {
-    return fastattn::attention(problem, threads_);
-  }
-  fastattn::Status run(const fastattn::AttentionBackward& problem) const override {
-    return fastattn::attention_backward(problem, threads_);
-  }
-  std::size_t workspace(const fastattn::AttentionBackward& problem) const override {
-    return fastattn::attention_backward_workspace(problem, threads_);
-  }
-
   double time_us(const std::function<void()>& call, double seconds) const override {
     using Clock = std::chrono::steady_clock;
     constexpr std::size_t kFewest = 5;
@@ -56,9 +46,6 @@ class CpuDevice final : public Device {
     }
     return median(std::move(times));
   }
-
- private:
-  fastattn::StdThreads threads_;
 };
 
 }  // namespace

@@ -45,6 +45,7 @@ class CudaDevice final : public Device {
   CudaDevice() {
     check(cudaGetDeviceProperties(&properties_, 0), "--device cuda");
     check(cudaStreamCreate(&stream_), "cudaStreamCreate");
+    executor_ = fastattn::Stream{stream_};
     cache_eraser_bytes_ = 2 * static_cast<std::size_t>(properties_.l2CacheSize);
     cache_eraser_ = allocate(cache_eraser_bytes_);
   }
@@ -68,16 +69,6 @@ class CudaDevice final : public Device {
   void copy_out(void* to, const void* from, std::size_t bytes) const override {
     check(cudaStreamSynchronize(stream_), "op");
     check(cudaMemcpy(to, from, bytes, cudaMemcpyDeviceToHost), "copy from the device");
-  }
-
-  fastattn::Status run(const fastattn::Attention& problem) const override {
-    return fastattn::attention(problem, fastattn::Stream{stream_});
-  }
-  fastattn::Status run(const fastattn::AttentionBackward& problem) const override {
-    return fastattn::attention_backward(problem, fastattn::Stream{stream_});
-  }
-  std::size_t workspace(const fastattn::AttentionBackward& problem) const override {
-    return fastattn::attention_backward_workspace(problem, fastattn::Stream{stream_});
   }
 
   double time_us(const std::function<void()>& call, double seconds) const override {

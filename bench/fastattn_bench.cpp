@@ -4,6 +4,7 @@
 #include <exception>
 #include <fstream>
 #include <iostream>
+#include <memory>
 #include <optional>
 #include <regex>
 #include <span>
@@ -15,18 +16,23 @@
 
 #include "case.hpp"
 #include "device.hpp"
+#include "ops.hpp"
 #include "problem.hpp"
 
 namespace {
 
 using bench::Case;
+using bench::Op;
 using fastattn::DType;
 
 constexpr const char* kUsage = R"(usage: fastattn_bench [options]
-  --list               print the device's cases and stop
+  --ops                print the ops and stop
+  --op NAME            (attention)
+  --list               print the op's cases for the device and stop
+  --small              list small cases with ragged tiles instead
   --device cpu|cuda    where to run (cpu)
   --filter REGEX       run the listed cases whose name matches
-  --case NAME          run this case, listed or not: b2_s1000[x1500]_h8[_kv2]_d64[_causal|_window256]; may be repeated
+  --case NAME          run this case, listed or not; may be repeated
   --mode fwd|bwd       (fwd)
   --dtype fp32|fp16|bf16   (fp32 on the CPU, bf16 on the GPU)
   --seconds S          time spent on each case (1); 0: run it once and do not time it
@@ -34,31 +40,9 @@ constexpr const char* kUsage = R"(usage: fastattn_bench [options]
   --json FILE          write the records there
 )";
 
-// Eight dense cases of 16,384 tokens and hidden size 2048, then short sequences, grouped heads and a sliding window.
-constexpr const char* kCudaCases[] = {
-    "b4_s4096_h32_d64",
-    "b4_s4096_h32_d64_causal",
-    "b4_s4096_h16_d128",
-    "b4_s4096_h16_d128_causal",
-    "b1_s16384_h32_d64",
-    "b1_s16384_h32_d64_causal",
-    "b1_s16384_h16_d128",
-    "b1_s16384_h16_d128_causal",
-    "b32_s512_h32_d64_causal",
-    "b32_s512_h16_d128_causal",
-    "b2_s8192_h32_kv8_d64_causal",
-    "b2_s8192_h32_kv8_d128_causal",
-    "b1_s16384_h16_d128_window1024",
-};
-constexpr const char* kCpuCases[] = {
-    "b1_s4096_h8_d64",
-    "b1_s4096_h8_d64_causal",
-    "b8_s128_h8_d64",
-    "b1_s4096_h8_kv2_d64_causal",
-};
-
 struct Options {
-  bool list = false, cuda = false, backward = false, check = false;
+  bool list_ops = false, list = false, small = false, cuda = false, backward = false, check = false;
+  std::string op = "attention";
   std::string filter;
   std::vector<std::string> cases;
   std::optional<DType> dtype;
@@ -107,8 +91,14 @@ Options parse_options(std::span<char*> arguments) {
       }
       return arguments[i];
     };
-    if (option == "--list") {
+    if (option == "--ops") {
+      options.list_ops = true;
+    } else if (option == "--op") {
+      options.op = value();
+    } else if (option == "--list") {
       options.list = true;
+    } else if (option == "--small") {
+      options.small = true;
     } else if (option == "--check") {
       options.check = true;
     } else if (option == "--device") {
@@ -132,18 +122,28 @@ Options parse_options(std::span<char*> arguments) {
   return options;
 }
 
-std::vector<Case> chosen_cases(const Options& options) {
-  std::vector<Case> chosen;
+const Op& chosen_op(const Options& options) {
+  const auto found = bench::ops().find(options.op);
+  if (found == bench::ops().end()) {
+    std::string names;
+    for (const auto& [name, op] : bench::ops()) {
+      names += (names.empty() ? "" : ", ") + name;
+    }
+    refuse("--op", options.op, names);
+  }
+  return found->second;
+}
+
+std::vector<std::unique_ptr<Case>> chosen_cases(const Op& op, const Options& options) {
+  std::vector<std::unique_ptr<Case>> chosen;
   for (const std::string& name : options.cases) {
-    chosen.push_back(bench::parse_case(name));
+    chosen.push_back(op.parse(name));
   }
   if (chosen.empty()) {
     const std::regex filter(options.filter);
-    const std::span<const char* const> listed =
-        options.cuda ? std::span<const char* const>(kCudaCases) : std::span<const char* const>(kCpuCases);
-    for (const char* name : listed) {
+    for (const char* name : options.small ? op.small_cases : (options.cuda ? op.cuda_cases : op.cpu_cases)) {
       if (std::regex_search(name, filter)) {
-        chosen.push_back(bench::parse_case(name));
+        chosen.push_back(op.parse(name));
       }
     }
   }
@@ -157,12 +157,15 @@ struct Result {
   std::optional<double> time_us, tflops, error;
 };
 
-Result run(const bench::Device& device, const Case& shape, DType dtype, const Options& options) {
+Result run(const Op& op, const bench::Device& device, const Case& shape, DType dtype, const Options& options) {
   Result result;
-  bench::Problem problem(device, shape, dtype, options.backward, 1);
-  const auto call = [&] { options.backward ? problem.backward() : problem.forward(); };
+  const std::unique_ptr<bench::Problem> problem = op.problem(device, shape, dtype);
+  if (options.backward) {
+    problem->prepare_backward();
+  }
+  const auto call = [&] { options.backward ? problem->backward() : problem->forward(); };
   if (options.check) {
-    result.error = options.backward ? problem.backward_error() : problem.forward_error();
+    result.error = options.backward ? problem->backward_error() : problem->forward_error();
   } else {
     call();
   }
@@ -186,14 +189,14 @@ std::string record(const Case& shape, DType dtype, const Options& options, const
                    const bench::Machine& machine) {
   const char* commit = std::getenv("FASTATTN_COMMIT");
   std::ostringstream json;
-  json << R"({"op": "attention", "case": ")" << shape.name << R"(", "mode": ")" << (options.backward ? "bwd" : "fwd")
-       << R"(", "dtype": ")" << name_of(dtype) << R"(", "shape": {"batch": )" << shape.batch << R"(, "seq_q": )"
-       << shape.seq_q << R"(, "seq_k": )" << shape.seq_k << R"(, "heads": )" << shape.heads << R"(, "kv_heads": )"
-       << shape.kv_heads << R"(, "head_dim": )" << shape.head_dim << R"(}, "density": )" << number(shape.density())
-       << R"(, "time_us": )" << number(result.time_us) << R"(, "tflops": )" << number(result.tflops)
-       << R"(, "percent_of_roofline": null, "error": )" << number(result.error)
-       << R"(, "against": {}, "bound_speedup": null, "commit": ")" << (commit ? commit : "unknown")
-       << R"(", "machine": {)";
+  json << R"({"op": ")" << options.op << R"(", "case": ")" << shape.name << R"(", "mode": ")"
+       << (options.backward ? "bwd" : "fwd") << R"(", "dtype": ")" << name_of(dtype) << R"(", "shape": {"batch": )"
+       << shape.batch << R"(, "seq_q": )" << shape.seq_q << R"(, "seq_k": )" << shape.seq_k << R"(, "heads": )"
+       << shape.heads << R"(, "kv_heads": )" << shape.kv_heads << R"(, "head_dim": )" << shape.head_dim
+       << R"(}, "density": )" << number(shape.density()) << R"(, "time_us": )" << number(result.time_us)
+       << R"(, "tflops": )" << number(result.tflops) << R"(, "percent_of_roofline": null, "error": )"
+       << number(result.error) << R"(, "against": {}, "bound_speedup": null, "commit": ")"
+       << (commit ? commit : "unknown") << R"(", "machine": {)";
   if (options.cuda) {
     json << R"("gpu": ")" << machine.processor << R"(", "driver": ")" << machine.driver << R"(", "cuda": ")"
          << machine.toolkit << '"';
@@ -218,31 +221,39 @@ void write_records(const std::string& path, const std::vector<std::string>& reco
 
 // Returns whether every case ran, and ran right.
 bool run_all(const Options& options) {
-  const std::vector<Case> cases = chosen_cases(options);
+  if (options.list_ops) {
+    for (const auto& [name, op] : bench::ops()) {
+      std::puts(name.c_str());
+    }
+    return true;
+  }
+  const Op& op = chosen_op(options);
+  const std::vector<std::unique_ptr<Case>> cases = chosen_cases(op, options);
   if (options.list) {
-    for (const Case& shape : cases) {
-      std::puts(shape.name.c_str());
+    for (const auto& shape : cases) {
+      std::puts(shape->name.c_str());
     }
     return true;
   }
   const DType dtype = options.dtype.value_or(options.cuda ? DType::kBFloat16 : DType::kFloat32);
   const auto device = options.cuda ? bench::cuda_device() : bench::cpu_device();
   const bench::Machine machine = device->machine();
-  std::printf("attention %s %s on %s\n", options.backward ? "bwd" : "fwd", name_of(dtype), machine.processor.c_str());
+  std::printf("%s %s %s on %s\n", options.op.c_str(), options.backward ? "bwd" : "fwd", name_of(dtype),
+              machine.processor.c_str());
   std::printf("%-36s %12s %10s %10s\n", "case", "time, us", "TFLOP/s", "error");
   bool good = true;
   std::vector<std::string> records;
-  for (const Case& shape : cases) {
+  for (const auto& shape : cases) {
     try {
-      const Result result = run(*device, shape, dtype, options);
+      const Result result = run(op, *device, *shape, dtype, options);
       const bool right = !result.error || *result.error <= allowed_error(dtype);
       good = good && right;
-      std::printf("%-36s %12s %10s %10s%s\n", shape.name.c_str(), number(result.time_us).c_str(),
+      std::printf("%-36s %12s %10s %10s%s\n", shape->name.c_str(), number(result.time_us).c_str(),
                   number(result.tflops).c_str(), number(result.error).c_str(), right ? "" : "  too large");
-      records.push_back(record(shape, dtype, options, result, machine));
+      records.push_back(record(*shape, dtype, options, result, machine));
     } catch (const std::runtime_error& error) {
       good = false;
-      std::printf("%-36s failed: %s\n", shape.name.c_str(), error.what());
+      std::printf("%-36s failed: %s\n", shape->name.c_str(), error.what());
     }
     std::fflush(stdout);
   }

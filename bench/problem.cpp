@@ -11,11 +11,24 @@ namespace bench {
 namespace {
 
 constexpr int kSamples = 24;
+constexpr double kMasked = -std::numeric_limits<double>::infinity();
 
 void require(const fastattn::Status& status) {
   if (!status.ok()) {
     throw std::runtime_error(status.message);
   }
+}
+
+double log_sum_exp(const std::vector<double>& scores) {
+  const double max = *std::ranges::max_element(scores);
+  if (max == kMasked) {
+    return kMasked;
+  }
+  double sum = 0;
+  for (const double score : scores) {
+    sum += std::exp(score - max);
+  }
+  return max + std::log(sum);
 }
 
 void fetch_written(Tensor& tensor, const char* name) {
@@ -29,75 +42,78 @@ void fetch_written(Tensor& tensor, const char* name) {
 
 double RelativeError::value() const { return norm_ > 0 ? std::sqrt(difference_ / norm_) : std::sqrt(difference_); }
 
-Problem::Problem(const Device& device, const Case& shape, fastattn::DType dtype, bool with_backward, unsigned seed)
+Problem::Problem(const Device& device, const Case& shape, fastattn::DType dtype, Score score)
     : device_(device),
-      case_(shape),
       scale_(1.f / std::sqrt(static_cast<float>(shape.head_dim))),
-      random_(seed),
+      bias_(score == Score::kSigmoid ? -std::log(static_cast<float>(shape.seq_k)) : 0.f),
       q_(device, dtype, shape.batch, shape.seq_q, shape.heads, shape.head_dim),
       k_(device, dtype, shape.batch, shape.seq_k, shape.kv_heads, shape.head_dim),
       v_(device, dtype, shape.batch, shape.seq_k, shape.kv_heads, shape.head_dim),
       out_(device, dtype, shape.batch, shape.seq_q, shape.heads, shape.head_dim),
-      lse_(device, fastattn::DType::kFloat32, shape.batch, shape.heads, shape.seq_q, 1) {
+      case_(shape),
+      dtype_(dtype) {
+  if (score == Score::kSoftmax) {
+    lse_.emplace(device, fastattn::DType::kFloat32, shape.batch, shape.heads, shape.seq_q, 1);
+  }
   for (Tensor* input : {&q_, &k_, &v_}) {
     input->fill_normal(random_);
   }
-  if (with_backward) {
-    gradients_.emplace(Gradients{
-        .dout = {device, dtype, shape.batch, shape.seq_q, shape.heads, shape.head_dim},
-        .dq = {device, dtype, shape.batch, shape.seq_q, shape.heads, shape.head_dim},
-        .dk = {device, dtype, shape.batch, shape.seq_k, shape.kv_heads, shape.head_dim},
-        .dv = {device, dtype, shape.batch, shape.seq_k, shape.kv_heads, shape.head_dim},
-        .workspace = nullptr,
-    });
-    gradients_->dout.fill_normal(random_);
-    if (const std::size_t bytes = device.workspace(attention_backward()); bytes > 0) {
-      gradients_->workspace = device.allocate(bytes);
-    }
-    forward();
-  }
 }
 
-void Problem::forward() const { require(device_.run(attention())); }
+void Problem::prepare_backward() {
+  const auto like_q = [this] { return Tensor(device_, dtype_, case_.batch, case_.seq_q, case_.heads, case_.head_dim); };
+  const auto like_k = [this] {
+    return Tensor(device_, dtype_, case_.batch, case_.seq_k, case_.kv_heads, case_.head_dim);
+  };
+  gradients_.emplace(Gradients{.dout = like_q(), .dq = like_q(), .dk = like_k(), .dv = like_k(), .workspace = nullptr});
+  gradients_->dout.fill_normal(random_);
+  if (const std::size_t bytes = workspace_bytes(); bytes > 0) {
+    gradients_->workspace = device_.allocate(bytes);
+  }
+  forward();
+}
 
-void Problem::backward() const { require(device_.run(attention_backward())); }
+void Problem::forward() const { require(run_forward()); }
+
+void Problem::backward() const { require(run_backward()); }
 
 double Problem::forward_error() {
   out_.poison();
-  lse_.poison();
+  if (lse_) {
+    lse_->poison();
+  }
   forward();
   fetch_written(out_, "out");
-  fetch_written(lse_, "lse");
+  if (lse_) {
+    fetch_written(*lse_, "lse");
+  }
   RelativeError out_error, lse_error;
   for (int sampled = 0; sampled < kSamples; ++sampled) {
     const Index query = sample(case_.seq_q, case_.heads, sampled);
-    const std::int64_t kv_head = query.head / (case_.heads / case_.kv_heads);
-    std::vector<double> scores(static_cast<std::size_t>(case_.seq_k), -std::numeric_limits<double>::infinity());
+    std::vector<double> scores;
     for (std::int64_t key = 0; key < case_.seq_k; ++key) {
-      if (case_.keeps(query.row, key)) {
-        scores[static_cast<std::size_t>(key)] = score(query, key);
-      }
+      scores.push_back(score(query, key));
     }
-    const double max = *std::ranges::max_element(scores);
-    double sum = 0;
+    const double lse = lse_ ? log_sum_exp(scores) : 0.;
     std::vector<double> row(static_cast<std::size_t>(case_.head_dim), 0.);
     for (std::int64_t key = 0; key < case_.seq_k; ++key) {
-      if (!case_.keeps(query.row, key)) {
+      const double score = scores[static_cast<std::size_t>(key)];
+      if (score == kMasked) {
         continue;
       }
-      const double weight = std::exp(scores[static_cast<std::size_t>(key)] - max);
-      sum += weight;
+      const double p = weight(score, lse);
       for (std::int64_t d = 0; d < case_.head_dim; ++d) {
-        row[static_cast<std::size_t>(d)] += weight * v_.at(query.batch, key, kv_head, d);
+        row[static_cast<std::size_t>(d)] += p * v_.at(query.batch, key, kv_head(query), d);
       }
     }
     for (std::int64_t d = 0; d < case_.head_dim; ++d) {
-      const double reference = sum > 0 ? row[static_cast<std::size_t>(d)] / sum : 0.;
-      out_error.add(out_.at(query.batch, query.row, query.head, d), reference);
+      out_error.add(out_.at(query.batch, query.row, query.head, d), row[static_cast<std::size_t>(d)]);
     }
-    const double lse = lse_.at(query.batch, query.head, query.row, 0);
-    if (sum > 0 || std::isfinite(lse)) {  // an empty row's log-sum-exp is −∞
-      lse_error.add(lse, max + std::log(sum));
+    if (lse_) {
+      const double written = lse_->at(query.batch, query.head, query.row, 0);
+      if (std::isfinite(lse) || std::isfinite(written)) {  // an empty row's log-sum-exp is −∞
+        lse_error.add(written, lse);
+      }
     }
   }
   return std::max(out_error.value(), lse_error.value());
@@ -110,7 +126,9 @@ double Problem::backward_error() {
   }
   backward();
   out_.fetch();
-  lse_.fetch();
+  if (lse_) {
+    lse_->fetch();
+  }
   fetch_written(dq, "dq");
   fetch_written(dk, "dk");
   fetch_written(dv, "dv");
@@ -150,26 +168,6 @@ double Problem::backward_error() {
   return std::max({dq_error.value(), dk_error.value(), dv_error.value()});
 }
 
-fastattn::Attention Problem::attention() const {
-  return {.q = q_.view(),
-          .k = k_.view(),
-          .v = v_.view(),
-          .out = out_.view(),
-          .lse = static_cast<float*>(lse_.view().data),
-          .scale = scale_,
-          .window = case_.window};
-}
-
-fastattn::AttentionBackward Problem::attention_backward() const {
-  return {.forward = attention(),
-          .dout = gradients_->dout.view(),
-          .dlse = nullptr,
-          .dq = gradients_->dq.view(),
-          .dk = gradients_->dk.view(),
-          .dv = gradients_->dv.view(),
-          .workspace = gradients_->workspace.get()};
-}
-
 // The first and the last row, then random ones.
 Problem::Index Problem::sample(std::int64_t rows, std::int64_t heads, int i) {
   const auto any = [this](std::int64_t count) {
@@ -178,27 +176,36 @@ Problem::Index Problem::sample(std::int64_t rows, std::int64_t heads, int i) {
   return {any(case_.batch), i == 0 ? 0 : (i == 1 ? rows - 1 : any(rows)), any(heads)};
 }
 
+std::int64_t Problem::kv_head(Index query) const { return query.head / (case_.heads / case_.kv_heads); }
+
 double Problem::score(Index query, std::int64_t key) const {
+  if (!case_.keeps(query.batch, query.head, query.row, key)) {
+    return kMasked;
+  }
   double sum = 0;
   for (std::int64_t d = 0; d < case_.head_dim; ++d) {
-    sum += q_.at(query.batch, query.row, query.head, d) *
-           k_.at(query.batch, key, query.head / (case_.heads / case_.kv_heads), d);
+    sum += q_.at(query.batch, query.row, query.head, d) * k_.at(query.batch, key, kv_head(query), d);
   }
-  return scale_ * sum;
+  return scale_ * sum + bias_;
+}
+
+double Problem::weight(double score, double lse) const {
+  return lse_ ? std::exp(score - lse) : 1 / (1 + std::exp(-score));
 }
 
 Problem::Weight Problem::weight(Index query, std::int64_t key) const {
-  if (!case_.keeps(query.row, key)) {
+  const double score = this->score(query, key);
+  if (score == kMasked) {
     return {0., 0.};
   }
-  const double value = std::exp(score(query, key) - lse_.at(query.batch, query.head, query.row, 0));
-  double difference = 0;  // (gradient of the weight) − Σ (output · output gradient)
+  const double value = weight(score, lse_ ? lse_->at(query.batch, query.head, query.row, 0) : 0.);
+  double dweight = 0, mean = 0;  // the weight's gradient, and the row's mean of these: Σ output · output gradient
   for (std::int64_t d = 0; d < case_.head_dim; ++d) {
-    const double v = v_.at(query.batch, key, query.head / (case_.heads / case_.kv_heads), d);
-    difference += gradients_->dout.at(query.batch, query.row, query.head, d) *
-                  (v - out_.at(query.batch, query.row, query.head, d));
+    const double dout = gradients_->dout.at(query.batch, query.row, query.head, d);
+    dweight += dout * v_.at(query.batch, key, kv_head(query), d);
+    mean += dout * out_.at(query.batch, query.row, query.head, d);
   }
-  return {value, value * difference};
+  return {value, lse_ ? value * (dweight - mean) : value * (1 - value) * dweight};
 }
 
 }  // namespace bench

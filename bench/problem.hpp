@@ -6,6 +6,7 @@
 #include <memory>
 #include <optional>
 #include <random>
+#include <vector>
 
 #include "case.hpp"
 #include "device.hpp"
@@ -26,9 +27,16 @@ class RelativeError {
   double difference_ = 0, norm_ = 0;
 };
 
+// What a row's scores become: weights that sum to one, or each by itself, with a bias of −ln(seq_k).
+enum class Score { kSoftmax, kSigmoid };
+
+// An op derives from this and says how it is called.
 class Problem {
  public:
-  Problem(const Device& device, const Case& shape, fastattn::DType dtype, bool with_backward, unsigned seed);
+  virtual ~Problem() = default;
+
+  // Before the first backward(): makes what it reads and writes.
+  void prepare_backward();
 
   void forward() const;
   void backward() const;
@@ -38,31 +46,44 @@ class Problem {
   double forward_error();
   double backward_error();
 
- private:
+ protected:
+  Problem(const Device& device, const Case& shape, fastattn::DType dtype, Score score);
+
+  virtual fastattn::Status run_forward() const = 0;
+  virtual fastattn::Status run_backward() const = 0;
+  virtual std::size_t workspace_bytes() const = 0;
+
+  float* lse() const { return static_cast<float*>(lse_->view().data); }
+
   struct Gradients {
     Tensor dout, dq, dk, dv;
     std::shared_ptr<void> workspace;
   };
+
+  const Device& device_;
+  const float scale_, bias_;
+  Tensor q_, k_, v_, out_;
+  std::optional<Gradients> gradients_;
+
+ private:
   struct Index {
     std::int64_t batch, row, head;
   };
-  // Weight of a score, and the gradient of the scaled score.
+  // Weight of a score, and the gradient of the score.
   struct Weight {
     double value, gradient;
   };
 
-  fastattn::Attention attention() const;
-  fastattn::AttentionBackward attention_backward() const;
   Index sample(std::int64_t rows, std::int64_t heads, int i);
-  double score(Index query, std::int64_t key) const;
+  std::int64_t kv_head(Index query) const;
+  double score(Index query, std::int64_t key) const;  // with scale and bias; −∞ where masked
+  double weight(double score, double lse) const;
   Weight weight(Index query, std::int64_t key) const;
 
-  const Device& device_;
-  Case case_;
-  float scale_;
-  std::mt19937 random_;
-  Tensor q_, k_, v_, out_, lse_;  // lse is [batch, heads, seq_q, 1]
-  std::optional<Gradients> gradients_;
+  const Case& case_;
+  const fastattn::DType dtype_;
+  std::mt19937 random_{1};
+  std::optional<Tensor> lse_;  // the softmax's, [batch, heads, seq_q, 1]
 };
 
 }  // namespace bench

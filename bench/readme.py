@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .cases import Case
+from .ops import OPS
 from .records import RESULTS, Record, read
 
 README = Path(__file__).parent.parent / "README.md"
@@ -26,12 +26,17 @@ def rendered(readme: str) -> str:
 
 
 def figures() -> str:
-    tables = [table(records) for path in sorted(RESULTS.glob("*.json")) if (records := read(path))]
-    return "\n\n".join(tables) or "Not measured yet."
+    """The tables of every op that has records."""
+    parts = []
+    for op in OPS:
+        if tables := [table(records) for path in sorted(RESULTS.glob(f"{op}.*.json")) if (records := read(path))]:
+            parts += [f"### `{op}`", *tables]
+    return "\n\n".join(parts) or "Not measured yet."
 
 
 def table(records: list[Record]) -> str:
-    """One machine's records: a row for each case and dtype, with forward and backward side by side."""
+    """One op on one machine: a row for each case and dtype, with forward and backward side by side."""
+    case_of = OPS[records[0]["op"]].kind.parse
     rows: dict[tuple[str, str], dict[str, Record]] = {}
     for record in records:
         rows.setdefault((record["case"], record["dtype"]), {})[record["mode"]] = record
@@ -45,7 +50,7 @@ def table(records: list[Record]) -> str:
     ]
     for (case, dtype), modes in rows.items():
         cells = [cell for mode in ("fwd", "bwd") for cell in result_cells(modes.get(mode))]
-        lines.append(f"| {described(Case.parse(case))} | {dtype} | {' | '.join(cells)} |")
+        lines.append(f"| {case_of(case).described} | {dtype} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -60,13 +65,6 @@ def machine_line(records: list[Record]) -> str:
         f"{'; '.join(names)} · torch {', '.join(torches)} · matrix products {rate} TFLOP/s · "
         f"commit {', '.join(commits)}"
     )
-
-
-def described(case: Case) -> str:
-    lengths = f"{case.seq_q}" if case.seq_q == case.seq_k else f"{case.seq_q}×{case.seq_k}"
-    heads = f"{case.heads}" if case.heads == case.kv_heads else f"{case.heads}/{case.kv_heads}"
-    mask = f"window {case.window[0]}" if case.window else "causal" if case.causal else "full"
-    return f"B {case.batch}, S {lengths}, H {heads}, D {case.head_dim}, {mask}"
 
 
 def result_cells(record: Record | None) -> list[str]:

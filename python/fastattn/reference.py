@@ -16,13 +16,14 @@ def band_mask(
     *,
     causal: bool = False,
     window: tuple[int, int] | None = None,
+    queries: slice = slice(None),
     device: torch.device | str = "cpu",
 ) -> Tensor:
-    """Which key each query sees: bool ``[seq_q, seq_k]``."""
+    """Which key each of the queries sees: bool ``[queries, seq_k]``."""
     left, right = (-1, -1) if window is None else window
-    position = torch.arange(seq_q, device=device)[:, None] + (seq_k - seq_q)  # where a query stands among the keys
+    position = torch.arange(seq_q, device=device)[queries, None] + (seq_k - seq_q)  # where a query is among the keys
     offset = torch.arange(seq_k, device=device)[None, :] - position
-    keep = torch.ones(seq_q, seq_k, dtype=torch.bool, device=device)
+    keep = torch.ones_like(offset, dtype=torch.bool)
     if left != -1:
         keep &= offset >= -left
     if right != -1:
@@ -58,16 +59,7 @@ def sigmoid_attention(
 ) -> Tensor:
     """Output of ``fastattn.sigmoid_attention``, in the dtype of ``q``; autograd differentiates it."""
     keep = band_mask(q.shape[1], k.shape[1], causal=causal, window=window, device=q.device)
-    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
-    if bias is None:
-        bias = -math.log(k.shape[1]) if k.shape[1] else 0.0
-    if isinstance(bias, Tensor):
-        bias = bias[:, None, None]  # one for each head
-    group = q.shape[2] // k.shape[2] if k.shape[2] else 1
-    k = k.repeat_interleave(group, dim=2)
-    v = v.repeat_interleave(group, dim=2)
-    weights = torch.sigmoid(scale * torch.einsum("bqhd,bkhd->bhqk", q, k) + bias).masked_fill(~keep, 0)
-    return torch.einsum("bhqk,bkhd->bqhd", weights, v)
+    return masked_sigmoid_attention(q, k, v, keep, bias=bias, scale=scale)
 
 
 def neighborhood_mask(
@@ -145,3 +137,25 @@ def masked_attention(
     weights = scores.softmax(-1).masked_fill(~sees[:, None], 0)
     lse = scores.logsumexp(-1).masked_fill(~sees, -math.inf)
     return torch.einsum("bhqk,bkhd->bqhd", weights, v), lse
+
+
+def masked_sigmoid_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    keep: Tensor,
+    *,
+    bias: float | Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """Sigmoid attention over the scores that ``keep``, bool ``[seq_q, seq_k]``, names."""
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+    if bias is None:
+        bias = -math.log(k.shape[1]) if k.shape[1] else 0.0
+    if isinstance(bias, Tensor):
+        bias = bias[:, None, None]  # one for each head
+    group = q.shape[2] // k.shape[2] if k.shape[2] else 1
+    k = k.repeat_interleave(group, dim=2)
+    v = v.repeat_interleave(group, dim=2)
+    weights = torch.sigmoid(scale * torch.einsum("bqhd,bkhd->bhqk", q, k) + bias).masked_fill(~keep, 0)
+    return torch.einsum("bhqk,bkhd->bqhd", weights, v)

@@ -1,0 +1,139 @@
+"""What the harness knows of an op: its cases, its contestants, its formula. One `Op` in a module of the op's name."""
+
+import math
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from fastattn.measure import Formula, Part
+
+MODES = ("fwd", "bwd", "fwd+bwd")
+_FORWARDS = {"fwd": 1.0, "bwd": 2.5, "fwd+bwd": 3.5}  # matrix products, in units of the forward's two
+
+
+@dataclass(frozen=True)
+class Case(ABC):
+    """A benchmarked problem is its name, b<batch>_<tokens>_h<heads>[_kv<kv_heads>]_d<head_dim><mask>.
+
+    How tokens and mask are written depends on the kind of case. fastattn_bench reads the same names.
+    """
+
+    name: str
+    batch: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+
+    FORM: ClassVar[str]
+    """An example, with options in brackets."""
+    TOKENS: ClassVar[str]
+    MASK: ClassVar[str]
+    """Regular expressions, whose named groups `_fields` reads."""
+
+    @classmethod
+    def parse(cls, name: str) -> "Case":
+        match = cls._match(name)
+        if match is None:
+            raise ValueError(f"case {name!r} is not of the form {cls.FORM}")
+        heads = int(match["heads"])
+        shared = (int(match["batch"]), heads, int(match["kv_heads"] or heads), int(match["head_dim"]))
+        return cls(name, *shared, **cls._fields(match))
+
+    @classmethod
+    def is_name(cls, text: str) -> bool:
+        return cls._match(text) is not None
+
+    @classmethod
+    def _match(cls, name: str) -> re.Match[str] | None:
+        heads = r"h(?P<heads>\d+)(_kv(?P<kv_heads>\d+))?_d(?P<head_dim>\d+)"
+        return re.fullmatch(rf"b(?P<batch>\d+)_{cls.TOKENS}_{heads}{cls.MASK}", name)
+
+    @classmethod
+    @abstractmethod
+    def _fields(cls, match: re.Match[str]) -> dict[str, Any]:
+        """The fields that this kind of case adds."""
+
+    @property
+    @abstractmethod
+    def q_tokens(self) -> tuple[int, ...]:
+        """Extents of the dimensions of q between batch and heads."""
+
+    @property
+    @abstractmethod
+    def k_tokens(self) -> tuple[int, ...]: ...
+
+    @property
+    @abstractmethod
+    def density(self) -> float:
+        """The kept share of scores."""
+
+    @abstractmethod
+    def keep(self, part: Part, device: torch.device) -> Tensor:
+        """The mask of a part of the problem, by the definition and not by the kernels' code."""
+
+    @property
+    @abstractmethod
+    def described_tokens(self) -> str: ...
+
+    @property
+    @abstractmethod
+    def described_mask(self) -> str: ...
+
+    @property
+    def described(self) -> str:
+        heads = f"{self.heads}" if self.heads == self.kv_heads else f"{self.heads}/{self.kv_heads}"
+        return f"B {self.batch}, {self.described_tokens}, H {heads}, D {self.head_dim}, {self.described_mask}"
+
+    @property
+    def shape(self) -> dict[str, int]:
+        return {
+            "batch": self.batch,
+            "seq_q": math.prod(self.q_tokens),
+            "seq_k": math.prod(self.k_tokens),
+            "heads": self.heads,
+            "kv_heads": self.kv_heads,
+            "head_dim": self.head_dim,
+        }
+
+    @property
+    def scores(self) -> int:
+        """What the mask keeps and what it hides, of all heads."""
+        return self.batch * self.heads * math.prod(self.q_tokens) * math.prod(self.k_tokens)
+
+    def flops(self, mode: str) -> float:
+        return 4 * self.scores * self.density * self.head_dim * _FORWARDS[mode]
+
+
+Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Of q, k and v in [batch, tokens, heads, head_dim]."""
+
+
+class UnsupportedCaseError(Exception):
+    """This contestant has no such case."""
+
+
+@dataclass(frozen=True)
+class Contestant:
+    build: Callable[[Any], Attention]
+    """From a case of the op."""
+    module: str = "torch"
+    """What must be there to import."""
+    yardstick: bool = False
+    """It computes something else, and is there for its time."""
+
+
+@dataclass(frozen=True)
+class Op:
+    name: str
+    kind: type[Case]
+    formula: Formula
+    ours: Contestant
+    peers: Mapping[str, Mapping[str, Contestant]]
+    """Of each type of device."""
+    cases: Mapping[str, tuple[str, ...]]
+    """Names of the listed cases, for each type of device; the C++ program lists the same."""

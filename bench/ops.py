@@ -1,0 +1,5 @@
+"""The benchmarked ops."""
+
+from . import attention, sigmoid_attention
+
+OPS = {op.name: op for op in (attention.OP, sigmoid_attention.OP)}
