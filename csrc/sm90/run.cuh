@@ -184,13 +184,17 @@ auto with_element(DType dtype, Run&& run) {
   return dtype == DType::kBFloat16 ? run.template operator()<BFloat16>() : run.template operator()<Float16>();
 }
 
-// Judges a problem over elements of `dtype`, then calls run.operator()<Element>().
+// Judges a problem over elements of `dtype`.
+template <class Problem>
+Status check_problem(const char* op, const Problem& problem, DType dtype) {
+  const Status status = validate(problem);
+  return status.ok() ? check_gpu(op, dtype) : status;
+}
+
+// Judges a problem, then calls run.operator()<Element>().
 template <class Problem, class Run>
 Status run_if_valid(const char* op, const Problem& problem, DType dtype, Run&& run) {
-  Status status = validate(problem);
-  if (status.ok()) {
-    status = check_gpu(op, dtype);
-  }
+  const Status status = check_problem(op, problem, dtype);
   return status.ok() ? with_element(dtype, run) : status;
 }
 

@@ -9,9 +9,11 @@ struct NeighborhoodTiles {
   PerAxis<int> q, k;
 };
 
-// Of problems with one, two and three axes, at every head_dim.
+// Of problems with one, two and three axes.
 inline constexpr NeighborhoodTiles kGpuNeighborhoodTiles[kAxes] = {
     {{1, 1, 128}, {1, 1, 128}}, {{1, 8, 16}, {1, 8, 16}}, {{2, 8, 8}, {2, 8, 8}}};
+// The query tiles of the backward at head_dim 128, whose registers have room for 64.
+inline constexpr PerAxis<int> kGpuNeighborhoodNarrowQueries[kAxes] = {{1, 1, 64}, {1, 8, 8}, {1, 8, 8}};
 inline constexpr NeighborhoodTiles kCpuNeighborhoodTiles[kAxes] = {
     {{1, 1, 64}, {1, 1, 64}}, {{1, 8, 8}, {1, 8, 8}}, {{2, 4, 8}, {2, 4, 8}}};
 

@@ -62,7 +62,7 @@ FASTATTN_HD constexpr std::uint32_t low_bits(int count) {
 FASTATTN_HD constexpr std::uint32_t lane_bits_below(int end, int first) {
   constexpr std::uint32_t kEven = 0x55555555u;
   const int slots = end - first;
-  return (low_bits((slots + 7 >> 3) * 2) & kEven) | (low_bits((slots + 6 >> 3) * 2) & ~kEven);
+  return (low_bits(((slots + 7) >> 3) * 2) & kEven) | (low_bits(((slots + 6) >> 3) * 2) & ~kEven);
 }
 
 FASTATTN_HD constexpr std::uint32_t lane_bits(Interval kept, int first) {
