@@ -30,7 +30,8 @@ FASTATTN_HD RowTerms row_terms_of(const BackwardTensors& x, std::int64_t b, std:
   return {x.row_terms + first, x.row_terms + x.q.batch() * x.q.heads() * x.q.seq() + first};
 }
 
-// Rows that stay and rows that stream. 192 of the former are 3% faster but outgrow the L2 cache at head_dim 256.
+// Rows that stay and rows that stream, for a schedule that leaves the choice. 192 of the former are 3% faster but
+// outgrow the L2 cache at head_dim 256.
 inline constexpr TileShape kBackwardTile{96, 64};
 
 template <class Isa, class Element>
@@ -61,72 +62,85 @@ void compute_row_terms(const BackwardTensors& x, const Threads& threads) {
 enum class Stays { kQueries, kKeys };
 
 // One tile of rows that stay, with its share of the thread's scratch.
-template <class Isa, Stays kStays>
+template <class Isa, TileShape kTile, Stays kStays>
 struct GradientTile {
-  static constexpr TileShape kTile = kBackwardTile;
-  static constexpr int kTerms = max_of(kTile.q, kTile.k);
-  static_assert(kTile.q % Isa::kRows == 0 && kTile.k % Vector<Isa>::kWidth == 0);
-  static_assert(4 * (kTile.q + kTile.k) * kMaxHeadDim + 2 * kTile.q * kTile.k + 2 * kTerms <= kScratchFloats);
+  static constexpr int kRows = padded_rows<Isa>(kTile.q), kTerms = max_of(kTile.q, kTile.k);
+  static_assert(kTile.k % Vector<Isa>::kWidth == 0);
+  static_assert(4 * (kRows + kTile.k) * kMaxHeadDim + 2 * kRows * kTile.k + 2 * kTerms <= kScratchFloats);
 
-  int first, rows, dim, width;
+  int tile, rows, dim, width;
+  TileTokens<kTile.q> tokens;
   float *x1, *x2, *dx1, *dx2, *weights, *score_gradients, *stream1, *stream2, *stream1_columns, *stream2_columns, *lse2,
       *delta;
 
-  GradientTile(int tile, int num_rows, int dim)
-      : first(tile * kTile.q), rows(min_of(kTile.q, num_rows - first)), dim(dim), width(round_up<Isa>(dim)) {
+  // `schedule` has the rows that stay for its queries, here and below.
+  template <TileSchedule Schedule>
+  GradientTile(const Schedule& schedule, int tile, int dim)
+      : tile(tile),
+        rows(min_of(kTile.q, schedule.num_q - tile * kTile.q)),
+        dim(dim),
+        width(round_up<Isa>(dim)),
+        tokens(query_tokens<kTile.q>(schedule, tile)) {
     Scratch scratch;
-    x1 = scratch.take(kTile.q * width);
-    x2 = scratch.take(kTile.q * width);
-    dx1 = scratch.take(kTile.q * width);
-    dx2 = scratch.take(kTile.q * width);
-    weights = scratch.take(kTile.q * kTile.k);
-    score_gradients = scratch.take(kTile.q * kTile.k);
+    x1 = scratch.take(kRows * width);
+    x2 = scratch.take(kRows * width);
+    dx1 = scratch.take(kRows * width);
+    dx2 = scratch.take(kRows * width);
+    weights = scratch.take(kRows * kTile.k);
+    score_gradients = scratch.take(kRows * kTile.k);
     stream1 = scratch.take(kTile.k * width);
     stream2 = scratch.take(kTile.k * width);
     stream1_columns = scratch.take(kTile.k * dim);
     stream2_columns = scratch.take(kTile.k * dim);
     lse2 = scratch.take(kTerms);
     delta = scratch.take(kTerms);
-    for (int i = 0; i < kTile.q * width; ++i) {
+    for (int i = 0; i < kRows * width; ++i) {
       dx1[i] = dx2[i] = 0.f;
     }
   }
 
-  // The terms of query rows [begin, begin + count), and those of rows without keys up to `size`.
-  template <class Score>
-  void load_terms(RowTerms terms, int begin, int count, int size) {
-    for (int i = 0; i < size; ++i) {
-      const bool known = Score::kRowStatistics && i < count;
-      lse2[i] = known ? terms.lse2[begin + i] : kInfinity;
-      delta[i] = known ? terms.delta[begin + i] : 0.f;
+  template <class Element>
+  void load(const TensorView& from1, const TensorView& from2, std::int64_t b, std::int64_t h) {
+    load_rows<Isa>(x1, rows_of<const Element>(from1, b, h, tokens), dim);
+    load_rows<Isa>(x2, rows_of<const Element>(from2, b, h, tokens), dim);
+  }
+
+  // The terms of queries; a slot without one has those of a row without keys.
+  template <class Score, int kSlots>
+  void load_terms(RowTerms terms, const TileTokens<kSlots>& queries) {
+    for (int i = 0; i < kSlots; ++i) {
+      const bool known = Score::kRowStatistics && queries[i] >= 0;
+      lse2[i] = known ? terms.lse2[queries[i]] : kInfinity;
+      delta[i] = known ? terms.delta[queries[i]] : 0.f;
     }
   }
 
-  // Adds what the rows of y1 and y2 that `schedule` pairs with this tile contribute.
+  // Adds what the rows of head h in y1 and y2 that `schedule` pairs with this tile contribute.
   template <class Element, TileSchedule Schedule, class Score>
-  void accumulate(const Schedule& schedule, const Score& score, Tokens<const Element> y1, Tokens<const Element> y2,
-                  RowTerms terms) {
+  void accumulate(const Schedule& schedule, const Score& score, const TensorView& y1, const TensorView& y2,
+                  std::int64_t b, std::int64_t h, RowTerms terms) {
     using V = Vector<Isa>;
-    for_each_tile(schedule, first / kTile.q, kTile, [&](int y_tile, auto coverage) {
-      const int y_first = y_tile * kTile.k, count = min_of(kTile.k, schedule.num_k - y_first);
-      const int columns = round_up<Isa>(count);
+    for_each_tile(schedule, tile, kTile, [&](int y_tile, auto coverage) {
+      const TileTokens y_tokens = key_tokens<kTile.k>(schedule, y_tile);
+      const Rows from1 = rows_of<const Element>(y1, b, h, y_tokens), from2 = rows_of<const Element>(y2, b, h, y_tokens);
+      const int count = min_of(kTile.k, schedule.num_k - y_tile * kTile.k), columns = round_up<Isa>(count);
       const Panels<Isa> y1_rows{stream1, count, width}, y1_columns{stream1_columns, dim, columns};
       const Panels<Isa> y2_rows{stream2, count, width}, y2_columns{stream2_columns, dim, columns};
-      pack_columns(y1_columns, y1, y_first, count);
-      pack_columns(y2_columns, y2, y_first, count);
-      pack_rows(y1_rows, y1, y_first, dim);
+      pack_columns(y1_columns, from1);
+      pack_columns(y2_columns, from2);
+      pack_rows(y1_rows, from1, dim);
       if constexpr (kStays == Stays::kKeys) {
-        pack_rows(y2_rows, y2, y_first, dim);
-        load_terms<Score>(terms, y_first, count, columns);
+        pack_rows(y2_rows, from2, dim);
+        load_terms<Score>(terms, y_tokens);
       }
       // Runs ascend: the tile after this one most likely follows it.
-      const int next = y_first + count, next_count = min_of(kTile.k, schedule.num_k - next);
-      prefetch<Isa>(y1, next, next_count, dim);
-      prefetch<Isa>(y2, next, next_count, dim);
+      const TileTokens next_tokens = key_tokens<kTile.k>(schedule, y_tile + 1);
+      prefetch<Isa>(rows_of<const Element>(y1, b, h, next_tokens), dim);
+      prefetch<Isa>(rows_of<const Element>(y2, b, h, next_tokens), dim);
 
       multiply<Isa, Update::kOverwrite>(x1, width, y1_columns, weights, kTile.k, rows);
       multiply<Isa, Update::kOverwrite>(x2, width, y2_columns, score_gradients, kTile.k, rows);
-      const auto mask = schedule.tile_mask(first / kTile.q, y_tile, kTile);
+      const auto mask = schedule.tile_mask(tile, y_tile, kTile);
       for (int row = 0; row < rows; ++row) {
         float *const w = weights + row * kTile.k, *const g = score_gradients + row * kTile.k;
         if constexpr (coverage() == Coverage::kPartial) {
@@ -154,21 +168,23 @@ struct GradientTile {
   }
 
   template <class Element>
-  void store(const float* gradient, Tokens<Element> to, float scale) const {
-    for (int row = 0; row < rows; ++row) {
-      for (int d = 0; d < dim; ++d) {
-        to[first + row][d] = from_float<Element>(gradient[row * width + d] * scale);
+  void store(const float* gradient, const TensorView& view, std::int64_t b, std::int64_t h, float scale) const {
+    const Rows to = rows_of<Element>(view, b, h, tokens);
+    for (int row = 0; row < kTile.q; ++row) {
+      for (int d = 0; to[row] != nullptr && d < dim; ++d) {
+        to[row][d] = from_float<Element>(gradient[row * width + d] * scale);
       }
     }
   }
 };
 
 // `scale` is what multiplies q · k before the score policy's derivative applies.
-template <class Isa, class Element, ScheduleFamily Schedules, class Score>
+template <class Isa, class Element, TileShape kTile = kBackwardTile, ScheduleFamily Schedules, class Score>
 void backward(const BackwardTensors& x, const Schedules& schedules, const Score& scores_of_heads, float scale,
               const Threads& threads) {
-  const int num_q = static_cast<int>(x.q.seq()), num_k = static_cast<int>(x.k.seq());
-  const int dim = static_cast<int>(x.q.head_dim());
+  const auto by_queries = schedules.at(0, 0);  // whose slots are those of all heads
+  const auto by_keys = by_queries.transposed();
+  const int num_q = static_cast<int>(x.q.seq()), dim = static_cast<int>(x.q.head_dim());
   const std::int64_t batch = x.k.batch(), heads = x.q.heads(), kv_heads = x.k.heads();
   const std::int64_t group = kv_heads > 0 ? heads / kv_heads : 0;
 
@@ -176,21 +192,22 @@ void backward(const BackwardTensors& x, const Schedules& schedules, const Score&
     compute_row_terms<Isa, Element>(x, threads);
   }
 
-  const std::int64_t q_tiles = ceil_div(num_q, kBackwardTile.q);
+  const std::int64_t q_tiles = ceil_div(by_queries.num_q, kTile.q);
   parallel_for(threads, batch * heads * q_tiles, [&](std::int64_t task) {
     const int q_tile = static_cast<int>(q_tiles - 1 - task % q_tiles);  // under a causal mask, the longest first
     const std::int64_t h = task / q_tiles % heads, b = task / q_tiles / heads;
-    GradientTile<Isa, Stays::kQueries> tile(q_tile, num_q, dim);
-    load_rows<Isa>(tile.x1, tokens_of<const Element>(x.q, b, h), tile.first, tile.rows, kBackwardTile.q, dim);
-    load_rows<Isa>(tile.x2, tokens_of<const Element>(x.dout, b, h), tile.first, tile.rows, kBackwardTile.q, dim);
-    tile.template load_terms<Score>(row_terms_of(x, b, h), tile.first, tile.rows, kBackwardTile.q);
-    tile.accumulate(schedules.at(static_cast<int>(b), static_cast<int>(h)), scores_of_heads.at(static_cast<int>(h)),
-                    tokens_of<const Element>(x.k, b, h / group), tokens_of<const Element>(x.v, b, h / group), {});
-    tile.store(tile.dx1, tokens_of<Element>(x.dq, b, h), scale);
+    GradientTile<Isa, kTile, Stays::kQueries> tile(by_queries, q_tile, dim);
+    tile.template load<Element>(x.q, x.dout, b, h);
+    tile.template load_terms<Score>(row_terms_of(x, b, h), tile.tokens);
+    tile.template accumulate<Element>(schedules.at(static_cast<int>(b), static_cast<int>(h)),
+                                      scores_of_heads.at(static_cast<int>(h)), x.k, x.v, b, h / group, {});
+    tile.template store<Element>(tile.dx1, x.dq, b, h, scale);
     if constexpr (Score::kBiasGradient) {
       const RowTerms sums = row_terms_of(x, b, h);
-      for (int i = 0; i < tile.rows; ++i) {
-        sums.delta[tile.first + i] = tile.delta[i];
+      for (int i = 0; i < kTile.q; ++i) {
+        if (tile.tokens[i] >= 0) {
+          sums.delta[tile.tokens[i]] = tile.delta[i];
+        }
       }
     }
   });
@@ -207,20 +224,19 @@ void backward(const BackwardTensors& x, const Schedules& schedules, const Score&
     }
   }
 
-  const std::int64_t k_tiles = ceil_div(num_k, kBackwardTile.q);
+  const std::int64_t k_tiles = ceil_div(by_keys.num_q, kTile.q);
   parallel_for(threads, batch * kv_heads * k_tiles, [&](std::int64_t task) {
     const int k_tile = static_cast<int>(task % k_tiles);
     const std::int64_t h_kv = task / k_tiles % kv_heads, b = task / k_tiles / kv_heads;
-    GradientTile<Isa, Stays::kKeys> tile(k_tile, num_k, dim);
-    load_rows<Isa>(tile.x1, tokens_of<const Element>(x.k, b, h_kv), tile.first, tile.rows, kBackwardTile.q, dim);
-    load_rows<Isa>(tile.x2, tokens_of<const Element>(x.v, b, h_kv), tile.first, tile.rows, kBackwardTile.q, dim);
+    GradientTile<Isa, kTile, Stays::kKeys> tile(by_keys, k_tile, dim);
+    tile.template load<Element>(x.k, x.v, b, h_kv);
     for (std::int64_t h = h_kv * group; h < (h_kv + 1) * group; ++h) {
-      tile.accumulate(schedules.at(static_cast<int>(b), static_cast<int>(h)).transposed(),
-                      scores_of_heads.at(static_cast<int>(h)), tokens_of<const Element>(x.q, b, h),
-                      tokens_of<const Element>(x.dout, b, h), row_terms_of(x, b, h));
+      tile.template accumulate<Element>(schedules.at(static_cast<int>(b), static_cast<int>(h)).transposed(),
+                                        scores_of_heads.at(static_cast<int>(h)), x.q, x.dout, b, h,
+                                        row_terms_of(x, b, h));
     }
-    tile.store(tile.dx1, tokens_of<Element>(x.dk, b, h_kv), scale);
-    tile.store(tile.dx2, tokens_of<Element>(x.dv, b, h_kv), 1.f);
+    tile.template store<Element>(tile.dx1, x.dk, b, h_kv, scale);
+    tile.template store<Element>(tile.dx2, x.dv, b, h_kv, 1.f);
   });
 }
 

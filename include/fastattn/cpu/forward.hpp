@@ -47,19 +47,19 @@ void mask_row(const RowMask& mask, float* scores, int count) {
   }
 }
 
-// 96 queries amortise the packing of a key tile (192 are no faster) and leave tasks for many cores in short sequences;
-// 128 keys bound the scores to 48 KiB of the L2 cache.
+// For a schedule that leaves the choice: 96 queries amortise the packing of a key tile (192 are no faster) and leave
+// tasks for many cores in short sequences; 128 keys bound the scores to 48 KiB of the L2 cache.
 inline constexpr TileShape kForwardTile{96, 128};
 
-template <class Isa, class Element, ScheduleFamily Schedules, class Score>
+template <class Isa, class Element, TileShape kTile = kForwardTile, ScheduleFamily Schedules, class Score>
 void forward(const ForwardTensors& x, const Schedules& schedules, const Score& scores_of_heads,
              const Threads& threads) {
-  static_assert(kForwardTile.q % Isa::kRows == 0 && kForwardTile.k % Vector<Isa>::kWidth == 0);
-  static_assert(2 * (kForwardTile.q + kForwardTile.k) * kMaxHeadDim + kForwardTile.q * kForwardTile.k <=
-                kScratchFloats);
-  const int num_q = static_cast<int>(x.q.seq()), num_k = static_cast<int>(x.k.seq());
+  constexpr int kRows = padded_rows<Isa>(kTile.q);
+  static_assert(kTile.k % Vector<Isa>::kWidth == 0);
+  static_assert(2 * (kRows + kTile.k) * kMaxHeadDim + kRows * kTile.k <= kScratchFloats);
+  const int num_q = schedules.at(0, 0).num_q, num_k = schedules.at(0, 0).num_k;
   const int dim = static_cast<int>(x.q.head_dim()), width = round_up<Isa>(dim);
-  const std::int64_t heads = x.q.heads(), group = heads / x.k.heads(), q_tiles = ceil_div(num_q, kForwardTile.q);
+  const std::int64_t heads = x.q.heads(), group = heads / x.k.heads(), q_tiles = ceil_div(num_q, kTile.q);
 
   parallel_for(threads, x.q.batch() * heads * q_tiles, [&](std::int64_t task) {
     // The last query tiles of a head first: under a causal mask they are the longest.
@@ -67,56 +67,58 @@ void forward(const ForwardTensors& x, const Schedules& schedules, const Score& s
     const std::int64_t h = task / q_tiles % heads, b = task / q_tiles / heads;
     const auto schedule = schedules.at(static_cast<int>(b), static_cast<int>(h));
     const Score score = scores_of_heads.at(static_cast<int>(h));
-    const int q_first = q_tile * kForwardTile.q, rows = min_of(kForwardTile.q, num_q - q_first);
+    const int rows = min_of(kTile.q, num_q - q_tile * kTile.q);
 
     Scratch scratch;
-    float* q = scratch.take(kForwardTile.q * width);
-    float* out = scratch.take(kForwardTile.q * width);
-    float* scores = scratch.take(kForwardTile.q * kForwardTile.k);
-    float* keys = scratch.take(dim * kForwardTile.k);
-    float* values = scratch.take(kForwardTile.k * width);
-    float decay[kForwardTile.q] = {};
-    typename Score::State state[kForwardTile.q] = {};
+    float* q = scratch.take(kRows * width);
+    float* out = scratch.take(kRows * width);
+    float* scores = scratch.take(kRows * kTile.k);
+    float* keys = scratch.take(dim * kTile.k);
+    float* values = scratch.take(kTile.k * width);
+    float decay[kRows] = {};
+    typename Score::State state[kTile.q] = {};
 
-    load_rows<Isa>(q, tokens_of<const Element>(x.q, b, h), q_first, rows, kForwardTile.q, dim);
-    for (int i = 0; i < kForwardTile.q * width; ++i) {
+    const TileTokens tokens = query_tokens<kTile.q>(schedule, q_tile);
+    load_rows<Isa>(q, rows_of<const Element>(x.q, b, h, tokens), dim);
+    for (int i = 0; i < kRows * width; ++i) {
       out[i] = 0.f;
     }
-    const auto k_tokens = tokens_of<const Element>(x.k, b, h / group);
-    const auto v_tokens = tokens_of<const Element>(x.v, b, h / group);
-    for_each_tile(schedule, q_tile, kForwardTile, [&](int k_tile, auto coverage) {
-      const int k_first = k_tile * kForwardTile.k, count = min_of(kForwardTile.k, num_k - k_first);
-      const int columns = round_up<Isa>(count);
+    for_each_tile(schedule, q_tile, kTile, [&](int k_tile, auto coverage) {
+      const TileTokens k_tokens = key_tokens<kTile.k>(schedule, k_tile);
+      const int count = min_of(kTile.k, num_k - k_tile * kTile.k), columns = round_up<Isa>(count);
       const Panels<Isa> k{keys, dim, columns}, v{values, count, width};
-      pack_columns(k, k_tokens, k_first, count);
-      pack_rows(v, v_tokens, k_first, dim);
+      pack_columns(k, rows_of<const Element>(x.k, b, h / group, k_tokens));
+      pack_rows(v, rows_of<const Element>(x.v, b, h / group, k_tokens), dim);
       // Runs ascend: the tile after this one most likely follows it.
-      const int next = k_first + count, next_count = min_of(kForwardTile.k, num_k - next);
-      prefetch<Isa>(k_tokens, next, next_count, dim);
-      prefetch<Isa>(v_tokens, next, next_count, dim);
+      const TileTokens next_tokens = key_tokens<kTile.k>(schedule, k_tile + 1);
+      prefetch<Isa>(rows_of<const Element>(x.k, b, h / group, next_tokens), dim);
+      prefetch<Isa>(rows_of<const Element>(x.v, b, h / group, next_tokens), dim);
 
-      multiply<Isa, Update::kOverwrite>(q, width, k, scores, kForwardTile.k, rows);
-      const auto mask = schedule.tile_mask(q_tile, k_tile, kForwardTile);
+      multiply<Isa, Update::kOverwrite>(q, width, k, scores, kTile.k, rows);
+      const auto mask = schedule.tile_mask(q_tile, k_tile, kTile);
       for (int row = 0; row < rows; ++row) {
-        float* const row_scores = scores + row * kForwardTile.k;
+        float* const row_scores = scores + row * kTile.k;
         if constexpr (coverage() == Coverage::kPartial) {
           mask_row<Isa>(mask.row(row), row_scores, columns);
         }
         decay[row] = score.absorb(state[row], Row<Isa>{row_scores, columns});
       }
       constexpr Update kUpdate = Score::kRescales ? Update::kScaleAndAdd : Update::kAdd;
-      multiply<Isa, kUpdate>(scores, kForwardTile.k, v, out, width, rows, decay);
+      multiply<Isa, kUpdate>(scores, kTile.k, v, out, width, rows, decay);
     });
 
+    const Rows to = rows_of<Element>(x.out, b, h, tokens);
     for (int row = 0; row < rows; ++row) {
+      if (to[row] == nullptr) {
+        continue;
+      }
       const RowResult result = score.finish(state[row], Identity{});
-      Element* const to = x.out.row<Element>(b, q_first + row, h);
       for (int d = 0; d < dim; ++d) {
         const float sum = out[row * width + d];  // 0 · NaN where the row keeps nothing and a value is NaN
-        to[d] = from_float<Element>(result.output_scale == 0.f ? 0.f : sum * result.output_scale);
+        to[row][d] = from_float<Element>(result.output_scale == 0.f ? 0.f : sum * result.output_scale);
       }
       if (x.lse != nullptr) {
-        x.lse[(b * heads + h) * num_q + q_first + row] = result.lse;
+        x.lse[(b * heads + h) * x.q.seq() + tokens[row]] = result.lse;
       }
     }
   });

@@ -5,6 +5,12 @@
 
 namespace fastattn::cpu {
 
+// How many rows of A and C a product of `rows` rows touches.
+template <class Isa>
+constexpr int padded_rows(int rows) {
+  return ceil_div(rows, Isa::kRows) * Isa::kRows;
+}
+
 // What happens to C's old value.
 enum class Update { kOverwrite, kAdd, kScaleAndAdd };
 
@@ -50,8 +56,8 @@ void multiply_block(const float* a, int lda, const float* b, int depth, float* c
   }
 }
 
-// C[rows × b.columns] from A[rows × b.depth]; `rows` is rounded up to a multiple of Isa::kRows. One panel of B stays in
-// the L1 cache while all rows of A pass by.
+// C[rows × b.columns] from A[rows × b.depth], with padded_rows(rows) rows in both. One panel of B stays in the L1 cache
+// while all rows of A pass by.
 template <class Isa, Update kUpdate>
 void multiply(const float* a, int lda, Panels<Isa> b, float* c, int ldc, int rows, const float* row_scale = nullptr) {
   const auto panel = [&]<int kVectors>(std::integral_constant<int, kVectors>, int column) {

@@ -1,22 +1,64 @@
 // Tiles in a thread's scratch memory: float32, zero-padded, laid out as the matrix product reads them.
 #pragma once
 
+#include <type_traits>
+
+#include "fastattn/cpu/parallel.hpp"
 #include "fastattn/cpu/vector.hpp"
+#include "fastattn/schedule/schedule.hpp"
 
 namespace fastattn::cpu {
 
-// The tokens of one head of one sequence.
-template <class Element>
-struct Tokens {
-  Element* first;
-  std::int64_t stride;
+// The tokens in a tile's slots; −1 where there is none.
+template <int kSlots>
+struct TileTokens {
+  int token[kSlots];
 
-  FASTATTN_HD Element* operator[](std::int64_t i) const { return first + i * stride; }
+  FASTATTN_HD int operator[](int slot) const { return token[slot]; }
 };
 
+template <int kSlots, TileSchedule Schedule>
+FASTATTN_HD TileTokens<kSlots> query_tokens(const Schedule& schedule, int q_tile) {
+  TileTokens<kSlots> tokens;
+  for (int i = 0; i < kSlots; ++i) {
+    tokens.token[i] = schedule.query_token(q_tile * kSlots + i);
+  }
+  return tokens;
+}
+
+template <int kSlots, TileSchedule Schedule>
+FASTATTN_HD TileTokens<kSlots> key_tokens(const Schedule& schedule, int k_tile) {
+  TileTokens<kSlots> tokens;
+  for (int i = 0; i < kSlots; ++i) {
+    tokens.token[i] = schedule.key_token(k_tile * kSlots + i);
+  }
+  return tokens;
+}
+
 template <class Element>
-FASTATTN_HD Tokens<Element> tokens_of(const TensorView& view, std::int64_t b, std::int64_t h) {
-  return {view.row<Element>(b, 0, h), view.stride[1]};
+inline constexpr Element kZeroRow[kMaxHeadDim] = {};
+
+// The rows of a tile's slots in a tensor. A slot without a token has zeros to read, and nowhere to write: null.
+template <class Element, int kSlots>
+struct Rows {
+  Element* row[kSlots];
+
+  FASTATTN_HD Element* operator[](int slot) const { return row[slot]; }
+};
+
+template <class Element, int kSlots>
+FASTATTN_HD Rows<Element, kSlots> rows_of(const TensorView& view, std::int64_t b, std::int64_t h,
+                                          const TileTokens<kSlots>& tokens) {
+  Element* none = nullptr;
+  if constexpr (std::is_const_v<Element>) {
+    none = kZeroRow<std::remove_const_t<Element>>;
+  }
+  Element* const first = view.row<Element>(b, 0, h);
+  Rows<Element, kSlots> rows;
+  for (int i = 0; i < kSlots; ++i) {
+    rows.row[i] = tokens[i] < 0 ? none : first + tokens[i] * view.stride[1];
+  }
+  return rows;
 }
 
 template <class Isa>
@@ -56,56 +98,54 @@ struct Panels {
   }
 };
 
-// Brings tokens[first, first + count) towards the core while something else is computed: a tile's rows are too far
-// apart for the hardware to see them coming.
-template <class Isa, class Element>
-void prefetch(Tokens<Element> tokens, int first, int count, int dim) {
+// Brings rows towards the core while something else is computed: they are too far apart for the hardware to see them
+// coming.
+template <class Isa, class Element, int kSlots>
+void prefetch(const Rows<Element, kSlots>& rows, int dim) {
   constexpr int kLine = 64 / sizeof(Element);
-  for (int row = first; row < first + count; ++row) {
+  for (int row = 0; row < kSlots; ++row) {
     for (int d = 0; d < dim; d += kLine) {
-      _mm_prefetch(reinterpret_cast<const char*>(tokens[row] + d), _MM_HINT_T1);
+      _mm_prefetch(reinterpret_cast<const char*>(rows[row] + d), _MM_HINT_T1);
     }
   }
 }
 
-// tokens[first, first + count) as the first of `rows` rows of a row-major tile, zeros after them.
-template <class Isa, class Element>
-void load_rows(float* tile, Tokens<Element> tokens, int first, int count, int rows, int dim) {
+// A row-major tile.
+template <class Isa, class Element, int kSlots>
+void load_rows(float* tile, const Rows<Element, kSlots>& rows, int dim) {
   const int width = round_up<Isa>(dim);
-  for (int row = 0; row < rows; ++row) {
+  for (int row = 0; row < kSlots; ++row) {
     for (int d = 0; d < width; d += Vector<Isa>::kWidth) {
-      const Vector<Isa> x = row < count ? load_some<Isa>(tokens[first + row] + d, dim - d) : Vector<Isa>(0.f);
-      x.store(tile + row * width + d);
+      load_some<Isa>(rows[row] + d, dim - d).store(tile + row * width + d);
     }
   }
 }
 
-// tokens[first, first + b.depth) as the rows of B, whose columns are dims.
-template <class Isa, class Element>
-void pack_rows(Panels<Isa> b, Tokens<Element> tokens, int first, int dim) {
+// The first b.depth rows as the rows of B, whose columns are dims.
+template <class Isa, class Element, int kSlots>
+void pack_rows(Panels<Isa> b, const Rows<Element, kSlots>& rows, int dim) {
   for (int row = 0; row < b.depth; ++row) {
     for (int d = 0; d < b.columns; d += Vector<Isa>::kWidth) {
-      load_some<Isa>(tokens[first + row] + d, dim - d).store(b.at(row, d));
+      load_some<Isa>(rows[row] + d, dim - d).store(b.at(row, d));
     }
   }
 }
 
-// tokens[first, first + count) as the columns of B, zeros after them; its depth is the dims.
-template <class Isa, class Element>
-void pack_columns(Panels<Isa> b, Tokens<Element> tokens, int first, int count) {
+// The first b.columns rows as the columns of B, whose depth is the dims.
+template <class Isa, class Element, int kSlots>
+void pack_columns(Panels<Isa> b, const Rows<Element, kSlots>& rows) {
   constexpr int kWidth = Vector<Isa>::kWidth;
   for (int column = 0; column < b.columns; column += kWidth) {
     for (int d = 0; d < b.depth; d += kWidth) {
       Vector<Isa> block[kWidth];
-      if (column + kWidth <= count && d + kWidth <= b.depth) {
+      if (d + kWidth <= b.depth) {
 #pragma GCC unroll 16
         for (int i = 0; i < kWidth; ++i) {
-          block[i] = Vector<Isa>::load(tokens[first + column + i] + d);
+          block[i] = Vector<Isa>::load(rows[column + i] + d);
         }
       } else {
         for (int i = 0; i < kWidth; ++i) {
-          const int token = column + i;
-          block[i] = token < count ? load_some<Isa>(tokens[first + token] + d, b.depth - d) : Vector<Isa>(0.f);
+          block[i] = load_some<Isa>(rows[column + i] + d, b.depth - d);
         }
       }
       transpose(block);

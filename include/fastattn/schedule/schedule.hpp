@@ -87,7 +87,7 @@ concept TileSchedule = std::is_trivially_copyable_v<S> && requires(const S sched
   schedule.transposed();  // the same mask with queries and keys exchanged, for the backward
 };
 
-// The schedules of all heads, which share num_q and num_k.
+// The schedules of all heads, which share their slots: the numbers of them and the tokens in them.
 template <class S>
 concept ScheduleFamily = std::is_trivially_copyable_v<S> && requires(const S schedules, int batch, int head) {
   { schedules.at(batch, head) } -> TileSchedule;
