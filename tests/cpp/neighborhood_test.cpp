@@ -268,6 +268,22 @@ const Test known_masks("neighborhood: stride = window is block-diagonal, window 
   check(full == 3, "causal: the tiles under the diagonal are full");
 });
 
+const Test divisors("neighborhood: a known divisor divides like any other", [] {
+  for (const int divisor :
+       {1, 2, 3, 5, 7, 8, 12, 96, 127, 128, 641, 65535, 1 << 20, (1 << 30) - 1, 1 << 30, 0x7fffffff}) {
+    const Divisor known(divisor);
+    for (const std::int64_t multiple : {0, 1, 2, 1000, 0x7fffffff / divisor}) {
+      for (const std::int64_t x : {multiple * divisor - 1, multiple * divisor, multiple * divisor + 1}) {
+        if (0 <= x && x <= 0x7fffffff) {
+          const int dividend = static_cast<int>(x);
+          check(dividend / known == dividend / divisor && dividend % known == dividend % divisor,
+                std::to_string(dividend) + " / " + std::to_string(divisor));
+        }
+      }
+    }
+  }
+});
+
 const Test origins("neighborhood: a tile is a box of tokens that starts at its origin and steps by the dilation", [] {
   Draw draw(2);
   for (int i = 0; i < 300; ++i) {
@@ -275,7 +291,7 @@ const Test origins("neighborhood: a tile is a box of tokens that starts at its o
     const Neighborhood schedule = c.schedule();
     const int slots = schedule.tile_shape().k;
     for (int k_tile = 0; k_tile * slots < schedule.num_k; ++k_tile) {
-      const PerAxis<int> origin = schedule.key_origin(k_tile);
+      const PerAxis<int> origin = schedule.key_origin(k_tile, schedule.tile_shape());
       int slot = k_tile * slots;
       for (int x = 0; x < c.k_box[0]; ++x) {
         for (int y = 0; y < c.k_box[1]; ++y) {
@@ -289,7 +305,8 @@ const Test origins("neighborhood: a tile is a box of tokens that starts at its o
           }
         }
       }
-      check(schedule.transposed().query_origin(k_tile)[1] == origin[1], "transposed " + describe(c));
+      check(schedule.transposed().query_origin(k_tile, schedule.tile_shape())[1] == origin[1],
+            "transposed " + describe(c));
     }
   }
 });
