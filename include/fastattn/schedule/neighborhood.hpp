@@ -434,6 +434,6 @@ constexpr Neighborhood make_neighborhood(PerAxis<NeighborhoodAxis> axes, PerAxis
 }
 
 static_assert(TileSchedule<Neighborhood> && TileSchedule<NeighborhoodSchedule<true>>);
-static_assert(is_exact(make_neighborhood({{1}, {3, 2}, {11, 3, 2, 2}}, {1, 2, 2}, {1, 1, 4}), {4, 4}));
+static_assert(is_exact(make_neighborhood({{1}, {3, 2}, {5, 3, 2, 2}}, {1, 2, 2}, {1, 1, 4}), {4, 4}));
 
 }  // namespace fastattn
