@@ -34,8 +34,10 @@ nb::class_<NeighborhoodSchedule<kTransposed>> bind_schedule(nb::module_& m, cons
       .def("keeps", &Schedule::keeps)
       .def("query_token", &Schedule::query_token)
       .def("key_token", &Schedule::key_token)
-      .def("query_origin", [](const Schedule& s, int tile) { return std::to_array(s.query_origin(tile).at); })
-      .def("key_origin", [](const Schedule& s, int tile) { return std::to_array(s.key_origin(tile).at); })
+      .def("query_origin",
+           [](const Schedule& s, int tile) { return std::to_array(s.query_origin(tile, s.tile_shape()).at); })
+      .def("key_origin",
+           [](const Schedule& s, int tile) { return std::to_array(s.key_origin(tile, s.tile_shape()).at); })
       .def("transposed", &Schedule::transposed)
       .def("is_exact", [](const Schedule& s) { return is_exact(s, s.tile_shape()); })
       .def("census", [](const Schedule& s) { return census_of(s, s.tile_shape()); })
