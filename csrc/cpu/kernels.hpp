@@ -8,10 +8,13 @@
 
 namespace fastattn::cpu {
 
-template <class Forward, class Backward>
+template <class Forward_, class Backward_, class Schedules_ = Band>
 struct Kernels {
-  void (*forward)(const Forward& problem, const Band& band, const Threads& threads);
-  void (*backward)(const Backward& problem, const Band& band, const Threads& threads);
+  using Forward = Forward_;
+  using Backward = Backward_;
+  using Schedules = Schedules_;
+  void (*forward)(const Forward& problem, const Schedules& schedules, const Threads& threads);
+  void (*backward)(const Backward& problem, const Schedules& schedules, const Threads& threads);
 };
 
 using AttentionKernels = Kernels<Attention, AttentionBackward>;

@@ -74,7 +74,7 @@ Status check_like(const char* op, Named tensor, Named like, DType dtype) {
   return status.ok() ? check_shape(op, tensor, like) : status;
 }
 
-// What every op over a band has: its three inputs, the scale and the window.
+// What every op has: its three inputs and the scale.
 template <class Problem>
 Status check_inputs(const char* op, const Problem& problem) {
   const TensorView &q = problem.q, &k = problem.k, &v = problem.v;
@@ -111,10 +111,24 @@ Status check_inputs(const char* op, const Problem& problem) {
   if (!std::isfinite(problem.scale) || problem.scale <= 0.f) {
     return failure("%s: scale must be finite and positive, got %g", op, static_cast<double>(problem.scale));
   }
+  return {};
+}
+
+// The same of an op over a band, which has a window as well.
+template <class Problem>
+Status check_band_inputs(const char* op, const Problem& problem) {
+  if (Status status = check_inputs(op, problem); !status.ok()) {
+    return status;
+  }
   if (Status status = check_window_side(op, "left", problem.window.left); !status.ok()) {
     return status;
   }
   return check_window_side(op, "right", problem.window.right);
+}
+
+template <class Problem>
+Status check_output(const char* op, const Problem& problem) {
+  return check_like(op, {"out", problem.out}, {"q", problem.q}, problem.q.dtype);
 }
 
 // The gradients of a backward.
@@ -136,8 +150,23 @@ Status check_gradients(const char* op, const Backward& problem) {
   return {};
 }
 
+// What the gradients of a softmax take beside the inputs.
+template <class Backward>
+Status check_softmax_gradients(const char* op, const Backward& problem) {
+  if (Status status = check_output(op, problem.forward); !status.ok()) {
+    return status;
+  }
+  if (Status status = check_gradients(op, problem); !status.ok()) {
+    return status;
+  }
+  if (num_rows(problem.forward) > 0 && problem.forward.lse == nullptr) {
+    return failure("%s: lse is needed and has no data", op);
+  }
+  return {};
+}
+
 Status check_sigmoid(const char* op, const SigmoidAttention& problem) {
-  if (Status status = check_inputs(op, problem); !status.ok()) {
+  if (Status status = check_band_inputs(op, problem); !status.ok()) {
     return status;
   }
   return std::isfinite(problem.bias)
@@ -167,32 +196,19 @@ Status built_without_cuda(const char* op) {
 bool built_with_cuda() { return FASTATTN_WITH_CUDA; }
 
 Status validate(const Attention& problem) {
-  const Status status = check_inputs("attention", problem);
-  return status.ok() ? check_like("attention", {"out", problem.out}, {"q", problem.q}, problem.q.dtype) : status;
+  const Status status = check_band_inputs("attention", problem);
+  return status.ok() ? check_output("attention", problem) : status;
 }
 
 Status validate(const AttentionBackward& problem) {
   const char* op = "attention_backward";
-  const Attention& forward = problem.forward;
-  if (Status status = check_inputs(op, forward); !status.ok()) {
-    return status;
-  }
-  if (Status status = check_like(op, {"out", forward.out}, {"q", forward.q}, forward.q.dtype); !status.ok()) {
-    return status;
-  }
-  if (Status status = check_gradients(op, problem); !status.ok()) {
-    return status;
-  }
-  if (num_rows(forward) > 0 && forward.lse == nullptr) {
-    return failure("%s: lse is needed and has no data", op);
-  }
-  return {};
+  const Status status = check_band_inputs(op, problem.forward);
+  return status.ok() ? check_softmax_gradients(op, problem) : status;
 }
 
 Status validate(const SigmoidAttention& problem) {
   const Status status = check_sigmoid("sigmoid_attention", problem);
-  return status.ok() ? check_like("sigmoid_attention", {"out", problem.out}, {"q", problem.q}, problem.q.dtype)
-                     : status;
+  return status.ok() ? check_output("sigmoid_attention", problem) : status;
 }
 
 Status validate(const SigmoidAttentionBackward& problem) {

@@ -1,4 +1,4 @@
-// The body of attention_<instruction set>.cpp.
+// The body of <op>_<instruction set>.cpp for the ops whose score is the softmax: they differ in their schedules alone.
 #pragma once
 
 #include "fastattn/cpu/backward.hpp"
@@ -7,16 +7,22 @@
 
 namespace fastattn::cpu {
 
-template <class Isa>
-constexpr AttentionKernels attention_kernels() {
+struct Tiles {
+  TileShape forward, backward;
+};
+
+template <class Isa, class Table, Tiles kTiles = Tiles{kForwardTile, kBackwardTile}>
+constexpr Table softmax_kernels() {
+  using Schedules = typename Table::Schedules;
   return {
-      [](const Attention& p, const Band& band, const Threads& threads) {
+      [](const typename Table::Forward& p, const Schedules& schedules, const Threads& threads) {
         with_element(p.q.dtype, [&]<class Element>() {
-          forward<Isa, Element>({p.q, p.k, p.v, p.out, p.lse}, band, Softmax{p.scale * kLog2E}, threads);
+          forward<Isa, Element, kTiles.forward>({p.q, p.k, p.v, p.out, p.lse}, schedules, Softmax{p.scale * kLog2E},
+                                                threads);
         });
       },
-      [](const AttentionBackward& problem, const Band& band, const Threads& threads) {
-        const Attention& p = problem.forward;
+      [](const typename Table::Backward& problem, const Schedules& schedules, const Threads& threads) {
+        const auto& p = problem.forward;
         const BackwardTensors tensors{.q = p.q,
                                       .k = p.k,
                                       .v = p.v,
@@ -30,7 +36,7 @@ constexpr AttentionKernels attention_kernels() {
                                       .dbias = nullptr,
                                       .row_terms = static_cast<float*>(problem.workspace)};
         with_element(p.q.dtype, [&]<class Element>() {
-          backward<Isa, Element>(tensors, band, Softmax{p.scale * kLog2E}, p.scale, threads);
+          backward<Isa, Element, kTiles.backward>(tensors, schedules, Softmax{p.scale * kLog2E}, p.scale, threads);
         });
       },
   };
