@@ -250,8 +250,8 @@ class BlockList:
         return _compact(self.to_mask().transpose(-2, -1), full)
 
     @property
-    def density(self) -> Tensor:
-        """The share of all scores that each head computes, float32 ``[batch or 1, heads or 1]``."""
+    def kept_scores(self) -> Tensor:
+        """The number of scores that each head computes, int64 ``[batch or 1, heads or 1]``."""
         mask, device = self.to_mask(), self.counts.device
         query = torch.arange(mask.shape[-2], device=device)[:, None] * self.block_size[0]
         key = torch.arange(mask.shape[-1], device=device) * self.block_size[1]
@@ -262,8 +262,12 @@ class BlockList:
             first_row = query + (self.seq_k - self.seq_q) + 1 - key  # keys of the block that its first query sees
             cut = _ramp_sum(first_row + queries, keys) - _ramp_sum(first_row, keys)
             scores = torch.where(self._full_mask(), scores, cut)
-        kept = torch.where(mask, scores, 0).sum((-2, -1))
-        return kept / max(self.seq_q * self.seq_k, 1)
+        return torch.where(mask, scores, 0).sum((-2, -1))
+
+    @property
+    def density(self) -> Tensor:
+        """The share of all scores that each head computes, float32 ``[batch or 1, heads or 1]``."""
+        return self.kept_scores / max(self.seq_q * self.seq_k, 1)
 
     def validate(self) -> None:
         """Check the contents. This waits for the device: call it to find a mistake, not at each step.
