@@ -28,6 +28,8 @@ class Op:
     """Results without data. Strides are those of the kernels' results: contiguous."""
     flops: Callable[..., int]
     """Floating-point operations of a call, from the shapes of its tensors."""
+    flops_read_data: bool = False
+    """`flops` takes the tensors themselves: how much is computed is written in them."""
     setup_context: Callable[..., None] | None = None
     """Keeps what `backward` needs."""
     backward: Callable[..., Any] | None = None
@@ -45,7 +47,7 @@ def register(op: Op) -> None:
     )
     packet = getattr(getattr(torch.ops, NAMESPACE), op.name)
     torch.library.register_vmap(name, _merge_into_batch(op.name, packet), lib=_library)
-    register_flop_formula(packet)(op.flops)
+    register_flop_formula(packet, get_raw=op.flops_read_data)(op.flops)
     if op.autocast:
         for device, key in _AUTOCAST_KEYS.items():
             _library.impl(op.name, _autocast(packet.default, device, op.autocast), key)
@@ -65,11 +67,12 @@ def _refuse_gradient(name: str) -> Callable[..., Any]:
 def _merge_into_batch(name: str, packet: Any) -> Callable[..., Any]:
     """vmap: a tensor of an op has its batch in front, so the new dimension becomes a part of that.
 
-    A vector, such as a bias for each head, has no batch: it is the same for all, and cannot be mapped.
+    A vector, such as a bias for each head, has no batch: it is the same for all, and cannot be mapped. A block list,
+    which is all that is not floating-point, may share one batch entry: it is repeated.
     """
 
     def rule(info: Any, in_dims: tuple[int | None, ...], *tensors: Any, **options: Any) -> Any:
-        size = info.batch_size
+        size, batch = info.batch_size, tensors[0].shape[1 if in_dims[0] == 0 else 0]
 
         def merged(tensor: Any, dim: int | None) -> Any:
             if tensor is None:
@@ -79,6 +82,8 @@ def _merge_into_batch(name: str, packet: Any) -> Callable[..., Any]:
                     raise NotImplementedError(f"fastattn::{name}: vmap over a bias, or over its gradient")
                 return tensor
             batched = tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+            if not tensor.is_floating_point() and batched.shape[1] == 1:
+                batched = batched.expand(-1, batch, *batched.shape[2:])
             return batched.flatten(0, 1)
 
         def split(result: Any) -> Any:
