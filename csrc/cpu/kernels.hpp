@@ -20,6 +20,9 @@ struct Kernels {
 using AttentionKernels = Kernels<Attention, AttentionBackward>;
 extern const AttentionKernels kAttentionAvx2, kAttentionAvx512;
 
+using BlockSparseAttentionKernels = Kernels<BlockSparseAttention, BlockSparseAttentionBackward, BlockLists>;
+extern const BlockSparseAttentionKernels kBlockSparseAttentionAvx2, kBlockSparseAttentionAvx512;
+
 using SigmoidAttentionKernels = Kernels<SigmoidAttention, SigmoidAttentionBackward>;
 extern const SigmoidAttentionKernels kSigmoidAttentionAvx2, kSigmoidAttentionAvx512;
 

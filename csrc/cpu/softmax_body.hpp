@@ -1,4 +1,4 @@
-// The body of <op>_<instruction set>.cpp for the ops whose score is the softmax: they differ in their schedules alone.
+// The body of <op>_<instruction set>.cpp for ops whose score is the softmax: they differ in their schedules and tiles.
 #pragma once
 
 #include "fastattn/cpu/backward.hpp"

@@ -165,6 +165,47 @@ Status check_softmax_gradients(const char* op, const Backward& problem) {
   return {};
 }
 
+Status check_block_rows(const char* op, const char* name, const BlockRows& rows, std::int64_t num_rows, int width) {
+  if (num_rows > kMaxSeq) {
+    return failure("%s: blocks.%s must be fewer than 2^30 over all heads, got %lld", op, name, Long{num_rows});
+  }
+  if (num_rows > 0 && (rows.counts == nullptr || (width > 0 && rows.indices == nullptr))) {
+    return failure("%s: blocks.%s is needed and has no data", op, name);
+  }
+  return {};
+}
+
+// The shape of the lists. Their contents are in the device's memory, and trusted.
+Status check_blocks(const char* op, const BlockSparseAttention& problem) {
+  const auto& [first, batch, heads] = problem.blocks;
+  if (first.num_q != problem.q.seq() || first.num_k != problem.k.seq()) {
+    return failure("%s: blocks must be of %lld queries and %lld keys, as q and k are, got %d and %d", op,
+                   Long{problem.q.seq()}, Long{problem.k.seq()}, first.num_q, first.num_k);
+  }
+  for (const int size : {first.block.q, first.block.k}) {
+    if (size != 64 && size != 128) {
+      return failure("%s: a block must have 64 or 128 queries, and keys, got %d x %d", op, first.block.q,
+                     first.block.k);
+    }
+  }
+  if ((batch != 1 && batch != problem.q.batch()) || (heads != 1 && heads != problem.q.heads())) {
+    return failure("%s: blocks must be of 1 or %lld batch entries and 1 or %lld heads, got %d and %d", op,
+                   Long{problem.q.batch()}, Long{problem.q.heads()}, batch, heads);
+  }
+  for (const int side : {first.left, first.right}) {
+    if (side < 0 || side > kMaxSeq) {
+      return failure("%s: the sides of blocks' band must be between 0 and 2^30 - 1, got %d and %d", op, first.left,
+                     first.right);
+    }
+  }
+  return check_block_rows(op, "rows", first.rows, std::int64_t{batch} * heads * first.blocks_q(), first.blocks_k());
+}
+
+Status check_block_sparse(const char* op, const BlockSparseAttention& problem) {
+  const Status status = check_inputs(op, problem);
+  return status.ok() ? check_blocks(op, problem) : status;
+}
+
 Status check_sigmoid(const char* op, const SigmoidAttention& problem) {
   if (Status status = check_band_inputs(op, problem); !status.ok()) {
     return status;
@@ -204,6 +245,26 @@ Status validate(const AttentionBackward& problem) {
   const char* op = "attention_backward";
   const Status status = check_band_inputs(op, problem.forward);
   return status.ok() ? check_softmax_gradients(op, problem) : status;
+}
+
+Status validate(const BlockSparseAttention& problem) {
+  const char* op = "block_sparse_attention";
+  const Status status = check_block_sparse(op, problem);
+  return status.ok() ? check_output(op, problem) : status;
+}
+
+Status validate(const BlockSparseAttentionBackward& problem) {
+  const char* op = "block_sparse_attention_backward";
+  if (Status status = check_block_sparse(op, problem.forward); !status.ok()) {
+    return status;
+  }
+  const auto& [first, batch, heads] = problem.forward.blocks;
+  if (Status status = check_block_rows(op, "columns", first.columns, std::int64_t{batch} * heads * first.blocks_k(),
+                                       first.blocks_q());
+      !status.ok()) {
+    return status;
+  }
+  return check_softmax_gradients(op, problem);
 }
 
 Status validate(const SigmoidAttention& problem) {

@@ -20,6 +20,8 @@ Status built_without_cuda(const char* op);
 // queries is valid (there is nothing to do), and so is one without keys (every row keeps nothing).
 Status validate(const Attention& problem);
 Status validate(const AttentionBackward& problem);
+Status validate(const BlockSparseAttention& problem);
+Status validate(const BlockSparseAttentionBackward& problem);
 Status validate(const SigmoidAttention& problem);
 Status validate(const SigmoidAttentionBackward& problem);
 

@@ -129,15 +129,19 @@ class Call {
     return last_dim_is_contiguous(tensor) && Place::addresses(tensor) ? tensor : compact_copy(tensor);
   }
 
+  // An array of this very type and shape; `axes` is what the shape means.
+  Tensor array(const char* name, const Tensor& tensor, ScalarType type, const char* axes,
+               const std::vector<std::int64_t>& shape) const {
+    require(std::ranges::equal(tensor.sizes(), shape) && tensor.scalar_type() == type, op_, ": ", name, " must be ",
+            type, " ", axes, " = ", list(shape), ", got ", tensor.scalar_type(), " ", list(tensor.sizes()));
+    check_device(name, tensor);
+    return torch::stable::contiguous(tensor);
+  }
+
   // One float for each row of q.
   Tensor row_statistics(const char* name, const Tensor& tensor, const Tensor& q) const {
     const auto shape = q.sizes();
-    const std::vector<std::int64_t> expected = {shape[0], shape[2], shape[1]};
-    require(std::ranges::equal(tensor.sizes(), expected) && tensor.scalar_type() == ScalarType::Float, op_, ": ", name,
-            " must be Float [batch, heads, seq_q] = ", list(expected), ", got ", tensor.scalar_type(), " ",
-            list(tensor.sizes()));
-    check_device(name, tensor);
-    return torch::stable::contiguous(tensor);
+    return array(name, tensor, ScalarType::Float, "[batch, heads, seq_q]", {shape[0], shape[2], shape[1]});
   }
 
   // One float for each head of q.

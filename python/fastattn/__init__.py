@@ -7,6 +7,8 @@ from importlib.metadata import version as _version
 
 from . import _library
 from .attention import attention
+from .block_list import BlockList
+from .block_sparse_attention import block_sparse_attention
 from .merge_attention import merge_attention
 from .plan import plan
 from .sigmoid_attention import sigmoid_attention
@@ -14,4 +16,12 @@ from .sigmoid_attention import sigmoid_attention
 _library.load()
 __version__ = _version("fastattn")
 
-__all__ = ["__version__", "attention", "merge_attention", "plan", "sigmoid_attention"]
+__all__ = [
+    "BlockList",
+    "__version__",
+    "attention",
+    "block_sparse_attention",
+    "merge_attention",
+    "plan",
+    "sigmoid_attention",
+]

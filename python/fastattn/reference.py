@@ -9,6 +9,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .block_list import BlockList
+
 
 def band_mask(
     seq_q: int,
@@ -45,6 +47,13 @@ def attention(
     """Output and log-sum-exp of ``fastattn.attention``, in the dtype of ``q``; autograd differentiates it."""
     keep = band_mask(q.shape[1], k.shape[1], causal=causal, window=window, device=q.device)
     return masked_attention(q, k, v, keep, scale=scale)
+
+
+def block_sparse_attention(
+    q: Tensor, k: Tensor, v: Tensor, blocks: BlockList, *, scale: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp of ``fastattn.block_sparse_attention``, in the dtype of ``q``."""
+    return masked_attention(q, k, v, blocks.token_mask(), scale=scale)
 
 
 def sigmoid_attention(
@@ -126,15 +135,15 @@ def neighborhood_attention(
 def masked_attention(
     q: Tensor, k: Tensor, v: Tensor, keep: Tensor, *, scale: float | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Softmax attention over the scores that ``keep``, bool ``[seq_q, seq_k]``, names."""
+    """Softmax attention over the scores that ``keep``, bool ``[(batch, heads,) seq_q, seq_k]``, names."""
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     group = q.shape[2] // k.shape[2] if k.shape[2] else 1
     k = k.repeat_interleave(group, dim=2)
     v = v.repeat_interleave(group, dim=2)
-    sees = keep.any(-1)  # [seq_q]: the others have no softmax
+    sees = keep.any(-1)  # rows without a key have no softmax
     scores = scale * torch.einsum("bqhd,bkhd->bhqk", q, k)
-    scores = scores.masked_fill(~keep, -math.inf).masked_fill(~sees[:, None], 0)
-    weights = scores.softmax(-1).masked_fill(~sees[:, None], 0)
+    scores = scores.masked_fill(~keep, -math.inf).masked_fill(~sees[..., None], 0)
+    weights = scores.softmax(-1).masked_fill(~sees[..., None], 0)
     lse = scores.logsumexp(-1).masked_fill(~sees, -math.inf)
     return torch.einsum("bhqk,bkhd->bqhd", weights, v), lse
 
