@@ -61,7 +61,7 @@ class Measurement:
             "percent_of_roofline": round(100 * self.tflops / machine["gemm_tflops"], 1),
             "error": float(f"{self.errors[OURS]:.3g}"),
             "against": {name: round(time, 2) for name, time in self.times.items() if name != OURS},
-            "bound_speedup": None,
+            "bound_speedup": self.case.bound_speedup,
             "commit": commit,
             "machine": machine,
         }

@@ -105,9 +105,17 @@ def _sdpa(backend: SDPBackend) -> Callable[[BandCase], Attention]:
     return build
 
 
-def _flex(case: BandCase) -> Attention:
+def compiled_flex_attention() -> Callable[..., Tensor]:
     import torch._functorch.config
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+    from torch.nn.attention.flex_attention import flex_attention
+
+    torch.compiler.reset()  # each case is compiled afresh; past a number of recompilations torch would stop compiling
+    torch._functorch.config.donated_buffer = False  # a backward is timed many times over one forward
+    return torch.compile(flex_attention, dynamic=False)
+
+
+def _flex(case: BandCase) -> Attention:
+    from torch.nn.attention.flex_attention import create_block_mask
 
     diagonal = case.seq_k - case.seq_q
     left = case.seq_k if case.window is None else case.window[0]
@@ -116,10 +124,7 @@ def _flex(case: BandCase) -> Attention:
         return (k <= q + diagonal) & (k >= q + diagonal - left)
 
     mask = create_block_mask(keeps, None, None, case.seq_q, case.seq_k, device="cuda") if case.causal else None
-    torch.compiler.reset()  # each case is compiled afresh; past a number of recompilations torch would stop compiling
-    torch._functorch.config.donated_buffer = False  # a backward is timed many times over one forward
-    compiled = torch.compile(flex_attention, dynamic=False)
-    return transposed(partial(compiled, block_mask=mask, enable_gqa=case.kv_heads != case.heads))
+    return transposed(partial(compiled_flex_attention(), block_mask=mask, enable_gqa=case.kv_heads != case.heads))
 
 
 def _fa4(case: BandCase) -> Attention:

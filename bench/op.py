@@ -72,6 +72,11 @@ class Case(ABC):
     def density(self) -> float:
         """The kept share of scores."""
 
+    @property
+    def bound_speedup(self) -> float | None:
+        """How much faster than the dense op a sparse one could be, by the tiles that it visits."""
+        return None
+
     @abstractmethod
     def keep(self, part: Part, device: torch.device) -> Tensor:
         """The mask of a part of the problem, by the definition and not by the kernels' code."""

@@ -27,6 +27,10 @@ SMALL = {
         "b1_s9_h1_d8_window3",
         "b1_s4x9_h2_d8",
     ],
+    "block_sparse_attention": [
+        "b2_s150x260_h4_kv2_d8_blocks64x128_keep60_causal",
+        "b1_s200_h2_d8_blocks128x64_keep40",
+    ],
     "sigmoid_attention": ["b2_s5x7_h4_kv2_d8_causal", "b1_s4x9_h2_d8"],
 }
 op_and_case = pytest.mark.parametrize(
