@@ -40,12 +40,14 @@ struct GridBox {
 // Granlund and Montgomery, 1994).
 class Divisor {
  public:
+  // 0, of an empty axis, is a number to multiply by.
   FASTATTN_HD constexpr Divisor(int value = 1) : value_(value) {
-    while ((1u << shift_) < static_cast<unsigned>(value)) {
+    const auto divisor = static_cast<std::uint32_t>(max_of(value, 1));
+    while ((1u << shift_) < divisor) {
       ++shift_;
     }
-    const std::uint64_t excess = (std::uint64_t{1} << shift_) - static_cast<unsigned>(value);
-    multiplier_ = static_cast<std::uint32_t>((excess << 32) / static_cast<unsigned>(value) + 1);
+    const std::uint64_t excess = (std::uint64_t{1} << shift_) - divisor;
+    multiplier_ = static_cast<std::uint32_t>((excess << 32) / divisor + 1);
   }
 
   FASTATTN_HD constexpr operator int() const { return value_; }
