@@ -80,7 +80,7 @@ struct GradientTile {
         rows(min_of(kTile.q, schedule.num_q - tile * kTile.q)),
         dim(dim),
         width(round_up<Isa>(dim)),
-        tokens(query_tokens<kTile.q>(schedule, tile)) {
+        tokens(query_tokens<kTile>(schedule, tile)) {
     Scratch scratch;
     x1 = scratch.take(kRows * width);
     x2 = scratch.take(kRows * width);
@@ -121,7 +121,7 @@ struct GradientTile {
                   std::int64_t b, std::int64_t h, RowTerms terms) {
     using V = Vector<Isa>;
     for_each_tile(schedule, tile, kTile, [&](int y_tile, auto coverage) {
-      const TileTokens y_tokens = key_tokens<kTile.k>(schedule, y_tile);
+      const TileTokens y_tokens = key_tokens<kTile>(schedule, y_tile);
       const Rows from1 = rows_of<const Element>(y1, b, h, y_tokens), from2 = rows_of<const Element>(y2, b, h, y_tokens);
       const int count = min_of(kTile.k, schedule.num_k - y_tile * kTile.k), columns = round_up<Isa>(count);
       const Panels<Isa> y1_rows{stream1, count, width}, y1_columns{stream1_columns, dim, columns};
@@ -134,7 +134,7 @@ struct GradientTile {
         load_terms<Score>(terms, y_tokens);
       }
       // Runs ascend: the tile after this one most likely follows it.
-      const TileTokens next_tokens = key_tokens<kTile.k>(schedule, y_tile + 1);
+      const TileTokens next_tokens = key_tokens<kTile>(schedule, y_tile + 1);
       prefetch<Isa>(rows_of<const Element>(y1, b, h, next_tokens), dim);
       prefetch<Isa>(rows_of<const Element>(y2, b, h, next_tokens), dim);
 

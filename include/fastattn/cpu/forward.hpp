@@ -78,19 +78,19 @@ void forward(const ForwardTensors& x, const Schedules& schedules, const Score& s
     float decay[kRows] = {};
     typename Score::State state[kTile.q] = {};
 
-    const TileTokens tokens = query_tokens<kTile.q>(schedule, q_tile);
+    const TileTokens tokens = query_tokens<kTile>(schedule, q_tile);
     load_rows<Isa>(q, rows_of<const Element>(x.q, b, h, tokens), dim);
     for (int i = 0; i < kRows * width; ++i) {
       out[i] = 0.f;
     }
     for_each_tile(schedule, q_tile, kTile, [&](int k_tile, auto coverage) {
-      const TileTokens k_tokens = key_tokens<kTile.k>(schedule, k_tile);
+      const TileTokens k_tokens = key_tokens<kTile>(schedule, k_tile);
       const int count = min_of(kTile.k, num_k - k_tile * kTile.k), columns = round_up<Isa>(count);
       const Panels<Isa> k{keys, dim, columns}, v{values, count, width};
       pack_columns(k, rows_of<const Element>(x.k, b, h / group, k_tokens));
       pack_rows(v, rows_of<const Element>(x.v, b, h / group, k_tokens), dim);
       // Runs ascend: the tile after this one most likely follows it.
-      const TileTokens next_tokens = key_tokens<kTile.k>(schedule, k_tile + 1);
+      const TileTokens next_tokens = key_tokens<kTile>(schedule, k_tile + 1);
       prefetch<Isa>(rows_of<const Element>(x.k, b, h / group, next_tokens), dim);
       prefetch<Isa>(rows_of<const Element>(x.v, b, h / group, next_tokens), dim);
 

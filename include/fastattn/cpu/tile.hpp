@@ -5,7 +5,7 @@
 
 #include "fastattn/cpu/parallel.hpp"
 #include "fastattn/cpu/vector.hpp"
-#include "fastattn/schedule/schedule.hpp"
+#include "fastattn/schedule/neighborhood.hpp"
 
 namespace fastattn::cpu {
 
@@ -17,22 +17,40 @@ struct TileTokens {
   FASTATTN_HD int operator[](int slot) const { return token[slot]; }
 };
 
-template <int kSlots, TileSchedule Schedule>
-FASTATTN_HD TileTokens<kSlots> query_tokens(const Schedule& schedule, int q_tile) {
+// The tokens of a box that begins at `first`, of a line of tokens or of a grid.
+template <int kSlots>
+FASTATTN_HD TileTokens<kSlots> tokens_of_box(int first, int, int num_tokens) {
   TileTokens<kSlots> tokens;
   for (int i = 0; i < kSlots; ++i) {
-    tokens.token[i] = schedule.query_token(q_tile * kSlots + i);
+    tokens.token[i] = first + i < num_tokens ? first + i : -1;
   }
   return tokens;
 }
 
-template <int kSlots, TileSchedule Schedule>
-FASTATTN_HD TileTokens<kSlots> key_tokens(const Schedule& schedule, int k_tile) {
+template <int kSlots>
+FASTATTN_HD TileTokens<kSlots> tokens_of_box(const PerAxis<int>& first, const GridBox& box, int) {
   TileTokens<kSlots> tokens;
   for (int i = 0; i < kSlots; ++i) {
-    tokens.token[i] = schedule.key_token(k_tile * kSlots + i);
+    const PerAxis<int> position = position_in_box(box.extent, static_cast<unsigned>(i));
+    PerAxis<int> at;
+    bool exists = true;
+    for (int a = 0; a < kAxes; ++a) {
+      at[a] = first[a] + position[a] * box.step[a];
+      exists = exists && at[a] < box.length[a];
+    }
+    tokens.token[i] = exists ? (at[0] * box.length[1] + at[1]) * box.length[2] + at[2] : -1;
   }
   return tokens;
+}
+
+template <TileShape kTile, TileSchedule Schedule>
+FASTATTN_HD TileTokens<kTile.q> query_tokens(const Schedule& schedule, int q_tile) {
+  return tokens_of_box<kTile.q>(schedule.query_origin(q_tile, kTile), schedule.query_box(kTile), schedule.num_q);
+}
+
+template <TileShape kTile, TileSchedule Schedule>
+FASTATTN_HD TileTokens<kTile.k> key_tokens(const Schedule& schedule, int k_tile) {
+  return tokens_of_box<kTile.k>(schedule.key_origin(k_tile, kTile), schedule.key_box(kTile), schedule.num_k);
 }
 
 template <class Element>
