@@ -3,6 +3,7 @@
 
 #include "fastattn/fastattn.hpp"
 #include "fastattn/operand/element.hpp"
+#include "fastattn/plan/neighborhood_tiles.hpp"
 #include "fastattn/schedule/band.hpp"
 #include "instruction_set.hpp"
 
@@ -22,6 +23,23 @@ extern const AttentionKernels kAttentionAvx2, kAttentionAvx512;
 
 using BlockSparseAttentionKernels = Kernels<BlockSparseAttention, BlockSparseAttentionBackward, BlockLists>;
 extern const BlockSparseAttentionKernels kBlockSparseAttentionAvx2, kBlockSparseAttentionAvx512;
+
+// A neighborhood in the tiles that the CPU's kernels for so many axes are compiled for.
+template <PerAxis<int> kExtent>
+using BoxOf = FixedBox<kExtent[0], kExtent[1], kExtent[2]>;
+template <int kNumAxes>
+using CpuNeighborhood = NeighborhoodSchedule<false, BoxOf<kCpuNeighborhoodTiles[kNumAxes - 1].q>,
+                                             BoxOf<kCpuNeighborhoodTiles[kNumAxes - 1].k>>;
+
+struct NeighborhoodAttentionKernels {
+  template <int kNumAxes>
+  using In = Kernels<NeighborhoodAttention, NeighborhoodAttentionBackward, CpuNeighborhood<kNumAxes>>;
+
+  In<1> one_axis;
+  In<2> two_axes;
+  In<3> three_axes;
+};
+extern const NeighborhoodAttentionKernels kNeighborhoodAttentionAvx2, kNeighborhoodAttentionAvx512;
 
 using SigmoidAttentionKernels = Kernels<SigmoidAttention, SigmoidAttentionBackward>;
 extern const SigmoidAttentionKernels kSigmoidAttentionAvx2, kSigmoidAttentionAvx512;

@@ -5,6 +5,8 @@
 #include <cstdio>
 #include <initializer_list>
 
+#include "fastattn/plan/neighborhood_tiles.hpp"
+
 namespace fastattn {
 
 namespace {
@@ -206,6 +208,69 @@ Status check_block_sparse(const char* op, const BlockSparseAttention& problem) {
   return status.ok() ? check_blocks(op, problem) : status;
 }
 
+Status check_axis(const char* op, const NeighborhoodAxis& axis, int a) {
+  if (axis.length < 0 || axis.length > kMaxSeq) {
+    return failure("%s: length must be between 0 and 2^30 - 1, got %d for axis %d of 3", op, axis.length, a);
+  }
+  if (axis.window < 1 && axis.window != -1) {
+    return failure("%s: window must be at least 1, or -1 for the whole axis, got %d for axis %d of 3", op, axis.window,
+                   a);
+  }
+  const int most = axis.window == -1 ? static_cast<int>(kMaxSeq) : min_of(axis.window, static_cast<int>(kMaxSeq));
+  if (axis.stride < 1 || axis.stride > most) {
+    return failure("%s: stride must be between 1 and %s, %d, got %d for axis %d of 3", op,
+                   axis.window == -1 ? "the limit" : "the window", most, axis.stride, a);
+  }
+  if (axis.dilation < 1) {
+    return failure("%s: dilation must be at least 1, got %d for axis %d of 3", op, axis.dilation, a);
+  }
+  return {};
+}
+
+// Slots of a problem whose tokens are fewer than 2^30, none of its axes empty.
+std::int64_t num_slots(const PerAxis<NeighborhoodAxis>& axes, const PerAxis<int>& extent) {
+  std::int64_t slots = 1;
+  for (int a = 0; a < kAxes; ++a) {
+    const int groups = min_of(axes[a].dilation, axes[a].length);
+    slots *= std::int64_t{groups} * ceil_div(ceil_div(axes[a].length, groups), extent[a]) * extent[a];
+  }
+  return slots;
+}
+
+Status check_neighborhood(const char* op, const NeighborhoodAttention& problem) {
+  if (Status status = check_inputs(op, problem); !status.ok()) {
+    return status;
+  }
+  const PerAxis<NeighborhoodAxis>& axes = problem.axes;
+  std::int64_t tokens = 1;
+  for (int a = 0; a < kAxes; ++a) {
+    if (Status status = check_axis(op, axes[a], a); !status.ok()) {
+      return status;
+    }
+    tokens = min_of(tokens * axes[a].length, kMaxSeq + 1);
+  }
+  for (const Named tensor : {Named{"q", problem.q}, Named{"k", problem.k}}) {
+    if (tensor.view.seq() != tokens) {
+      return failure("%s: %s must have the tokens of the axes, %d x %d x %d, got %lld", op, tensor.name, axes[0].length,
+                     axes[1].length, axes[2].length, Long{tensor.view.seq()});
+    }
+  }
+  // In the tiles of all kernels: what is allowed does not depend on where it runs.
+  const int rank = num_axes(axes) - 1;
+  for (const NeighborhoodTiles& tiles : {kCpuNeighborhoodTiles[rank], kGpuNeighborhoodTiles[rank]}) {
+    for (const PerAxis<int>& extent : {tiles.q, tiles.k}) {
+      const std::int64_t slots = tokens > 0 ? num_slots(axes, extent) : 0;
+      if (slots > kMaxSeq) {
+        return failure(
+            "%s: in tiles of %d x %d x %d, each of one dilation group, tokens take %lld places; it must be "
+            "fewer than 2^30",
+            op, extent[0], extent[1], extent[2], Long{slots});
+      }
+    }
+  }
+  return {};
+}
+
 Status check_sigmoid(const char* op, const SigmoidAttention& problem) {
   if (Status status = check_band_inputs(op, problem); !status.ok()) {
     return status;
@@ -265,6 +330,18 @@ Status validate(const BlockSparseAttentionBackward& problem) {
     return status;
   }
   return check_softmax_gradients(op, problem);
+}
+
+Status validate(const NeighborhoodAttention& problem) {
+  const char* op = "neighborhood_attention";
+  const Status status = check_neighborhood(op, problem);
+  return status.ok() ? check_output(op, problem) : status;
+}
+
+Status validate(const NeighborhoodAttentionBackward& problem) {
+  const char* op = "neighborhood_attention_backward";
+  const Status status = check_neighborhood(op, problem.forward);
+  return status.ok() ? check_softmax_gradients(op, problem) : status;
 }
 
 Status validate(const SigmoidAttention& problem) {

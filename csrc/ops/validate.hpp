@@ -22,6 +22,8 @@ Status validate(const Attention& problem);
 Status validate(const AttentionBackward& problem);
 Status validate(const BlockSparseAttention& problem);
 Status validate(const BlockSparseAttentionBackward& problem);
+Status validate(const NeighborhoodAttention& problem);
+Status validate(const NeighborhoodAttentionBackward& problem);
 Status validate(const SigmoidAttention& problem);
 Status validate(const SigmoidAttentionBackward& problem);
 

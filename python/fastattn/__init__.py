@@ -10,6 +10,7 @@ from .attention import attention
 from .block_list import BlockList
 from .block_sparse_attention import block_sparse_attention
 from .merge_attention import merge_attention
+from .neighborhood_attention import neighborhood_attention
 from .plan import plan
 from .sigmoid_attention import sigmoid_attention
 
@@ -22,6 +23,7 @@ __all__ = [
     "attention",
     "block_sparse_attention",
     "merge_attention",
+    "neighborhood_attention",
     "plan",
     "sigmoid_attention",
 ]

@@ -83,4 +83,41 @@ const Test longest("validate: the longest window and unbounded sides are the sam
   check(bounded.out.values() == unbounded.out.values(), "same output");
 });
 
+const Test neighborhood("validate: the axes of a neighborhood", [] {
+  AttentionProblem p({1, 12, 12, 2, 2, 16}, DType::kFloat32, {});
+  const auto refuse = [&](const PerAxis<NeighborhoodAxis>& axes, const char* message) {
+    const NeighborhoodAttention problem{p.q.view(), p.k.view(), p.v.view(), p.out.view(), p.lse.data(), 1.f, axes};
+    const std::string forward = neighborhood_attention(problem, StdThreads{}).message;
+    check(forward == std::string("neighborhood_attention: ") + message, "got '" + forward + "'");
+    const NeighborhoodAttentionBackward gradients{problem,     p.dout.view(), nullptr, p.dq.view(),
+                                                  p.dk.view(), p.dv.view(),   nullptr};
+    const std::string backward = neighborhood_attention_backward(gradients, StdThreads{}).message;
+    check(backward == std::string("neighborhood_attention_backward: ") + message, "got '" + backward + "'");
+  };
+  constexpr int kFar = 1 << 30;
+  refuse({{1}, {1}, {13}}, "q must have the tokens of the axes, 1 x 1 x 13, got 12");
+  refuse({{kFar - 1}, {kFar - 1}, {kFar - 1}},
+         "q must have the tokens of the axes, 1073741823 x 1073741823 x 1073741823, got 12");
+  refuse({{kFar}, {1}, {0}}, "length must be between 0 and 2^30 - 1, got 1073741824 for axis 0 of 3");
+  refuse({{1}, {-3}, {-4}}, "length must be between 0 and 2^30 - 1, got -3 for axis 1 of 3");
+  refuse({{1}, {1}, {12, 0}}, "window must be at least 1, or -1 for the whole axis, got 0 for axis 2 of 3");
+  refuse({{1}, {1}, {12, 3, 4}}, "stride must be between 1 and the window, 3, got 4 for axis 2 of 3");
+  refuse({{1}, {1}, {12, -1, kFar}},
+         "stride must be between 1 and the limit, 1073741823, got 1073741824 for axis 2 of 3");
+  refuse({{1}, {1}, {12, 3, 1, 0}}, "dilation must be at least 1, got 0 for axis 2 of 3");
+});
+
+const Test no_tokens("validate: a grid without tokens, however long its other axes", [] {
+  AttentionProblem p({1, 0, 0, 2, 2, 16}, DType::kFloat32, {});
+  const NeighborhoodAttention problem{.q = p.q.view(),
+                                      .k = p.k.view(),
+                                      .v = p.v.view(),
+                                      .out = p.out.view(),
+                                      .axes = {{(1 << 30) - 1}, {(1 << 30) - 1}, {0}}};
+  check(neighborhood_attention(problem, StdThreads{}).ok(), "forward");
+  const NeighborhoodAttentionBackward gradients{problem,     p.dout.view(), nullptr, p.dq.view(),
+                                                p.dk.view(), p.dv.view(),   nullptr};
+  check(neighborhood_attention_backward(gradients, StdThreads{}).ok(), "backward");
+});
+
 }  // namespace

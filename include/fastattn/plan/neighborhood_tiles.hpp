@@ -17,4 +17,9 @@ inline constexpr PerAxis<int> kGpuNeighborhoodNarrowQueries[kAxes] = {{1, 1, 64}
 inline constexpr NeighborhoodTiles kCpuNeighborhoodTiles[kAxes] = {
     {{1, 1, 64}, {1, 1, 64}}, {{1, 8, 8}, {1, 8, 8}}, {{2, 4, 8}, {2, 4, 8}}};
 
+// Of a problem: at least one, and those of length 1 that lead do not count.
+constexpr int num_axes(const PerAxis<NeighborhoodAxis>& axes) {
+  return axes[0].length != 1 ? 3 : (axes[1].length != 1 ? 2 : 1);
+}
+
 }  // namespace fastattn
