@@ -45,7 +45,7 @@ def block_sparse_attention(
     scale: float | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    r"""Softmax attention on the blocks of scores that ``blocks`` lists; no other block is read or computed.
+    r"""Softmax attention on the blocks of scores that ``blocks`` lists; the others are skipped.
 
     ``softmax(scale · q kᵀ) v`` over the keys that each query sees by ``blocks.token_mask()``, which is never made. A
     query that sees no key gets an output of 0, an LSE of -inf and gradients of 0.
