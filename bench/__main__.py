@@ -25,7 +25,7 @@ from .op import MODES, Attention, Case, Contestant, Op, UnsupportedCaseError
 from .ops import OPS
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-OURS = "fastattn"
+OURS, OURS_DENSE = "fastattn", "ours_dense"
 
 
 @dataclass
@@ -34,6 +34,7 @@ class Measurement:
     case: Case
     mode: str
     dtype: str
+    bound_speedup: float | None
     times: dict[str, float] = field(default_factory=dict)
     errors: dict[str, float] = field(default_factory=dict)
     troubles: dict[str, str] = field(default_factory=dict)
@@ -43,6 +44,12 @@ class Measurement:
         """Times that fastattn is as fast as its fastest peer."""
         peers = [time for name, time in self.times.items() if name != OURS]
         return min(peers) / self.times[OURS] if peers and OURS in self.times else None
+
+    @property
+    def speedup(self) -> float | None:
+        """Of a sparse op over our own dense attention."""
+        timed = OURS in self.times and OURS_DENSE in self.times
+        return self.times[OURS_DENSE] / self.times[OURS] if timed else None
 
     @property
     def tflops(self) -> float:
@@ -61,7 +68,7 @@ class Measurement:
             "percent_of_roofline": round(100 * self.tflops / machine["gemm_tflops"], 1),
             "error": float(f"{self.errors[OURS]:.3g}"),
             "against": {name: round(time, 2) for name, time in self.times.items() if name != OURS},
-            "bound_speedup": self.case.bound_speedup,
+            "bound_speedup": self.bound_speedup and round(self.bound_speedup, 3),
             "commit": commit,
             "machine": machine,
         }
@@ -91,7 +98,7 @@ def measure(
 
     measurements = []
     for mode in modes:
-        measurement = Measurement(op.name, case, mode, dtype)
+        measurement = Measurement(op.name, case, mode, dtype, case.bound_speedup(device))
         calls = {}
         for name, contestant in {OURS: op.ours, **peers}.items():
             try:
@@ -236,6 +243,9 @@ def table(measurements: list[Measurement], names: list[str]) -> Table:
     for heading in ("TFLOP/s", *names):
         result.add_column(heading, justify="right", no_wrap=True)
     result.add_column("best peer / ours", justify="right")
+    is_sparse = OURS_DENSE in names
+    if is_sparse:
+        result.add_column("dense / ours, of bound", justify="right")
     for m in measurements:
         ratio = m.ratio
         result.add_row(
@@ -245,6 +255,7 @@ def table(measurements: list[Measurement], names: list[str]) -> Table:
             f"{m.tflops:.4g}" if OURS in m.times else "–",
             *(cell(m, name) for name in names),
             "–" if ratio is None else f"[{'green' if ratio >= 1 else 'red'}]{ratio:.2f}[/]",
+            *([records.of_bound(m.speedup, m.bound_speedup)] if is_sparse else []),
         )
     return result
 

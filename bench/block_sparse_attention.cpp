@@ -18,9 +18,11 @@ struct ListedCase final : Case {
       : ListedCase(CaseName(name, kForm, R"(s(\d+)(?:x(\d+))?)", R"(_blocks(64|128)x(64|128)_keep(\d+)(_causal)?)")) {}
 
   bool is_listed(std::int64_t head, std::int64_t row, std::int64_t column) const {
-    const auto bits = [](std::int64_t x, std::uint32_t factor) { return static_cast<std::uint32_t>(x) * factor; };
-    const std::uint32_t mixed = bits(head, 73856093) ^ bits(row, 19349663) ^ bits(column, 83492791);
-    return (mixed * 2654435761u >> 16) % 100 < percent;
+    auto x = static_cast<std::uint32_t>((head << 20 | row << 10) + column);
+    for (int i = 0; i < 2; ++i) {
+      x = (x ^ (x >> 16)) * 0x45d9f3bu;
+    }
+    return (x ^ (x >> 16)) % 100 < percent;
   }
 
   bool keeps(std::int64_t, std::int64_t head, std::int64_t q, std::int64_t k) const override {
@@ -157,13 +159,14 @@ const AddOp<ListedCase, BlockSparseAttentionProblem> kOp{
         "b1_s4096_h8_d64_blocks64x64_keep25",
     },
     {
-        "b1_s16384_h16_d128_blocks128x128_keep50_causal",
-        "b1_s16384_h16_d128_blocks128x128_keep25_causal",
-        "b1_s16384_h16_d128_blocks128x128_keep10_causal",
-        "b1_s16384_h16_d128_blocks128x128_keep25",
-        "b1_s16384_h16_d128_blocks64x64_keep25",
-        "b1_s16384_h32_d64_blocks128x128_keep25",
-        "b1_s16384_h32_d64_blocks64x64_keep25",
+        "b1_s32768_h16_d128_blocks128x128_keep50",
+        "b1_s32768_h16_d128_blocks128x128_keep25",
+        "b1_s32768_h16_d128_blocks128x128_keep10",
+        "b1_s32768_h16_d128_blocks128x128_keep5",
+        "b1_s32768_h16_d128_blocks128x128_keep25_causal",
+        "b1_s32768_h16_d128_blocks64x64_keep25",
+        "b1_s32768_h16_d64_blocks128x128_keep10",
+        "b1_s32768_h16_d64_blocks64x64_keep25",
     },
     {
         "b1_s130_h2_d64_blocks64x64_keep60",

@@ -50,8 +50,10 @@ class ListedCase(Case):
         return (self.seq_k,)
 
     def is_listed(self, head: Tensor, row: Tensor, column: Tensor) -> Tensor:
-        mixed = (head * 73856093 ^ row * 19349663 ^ column * 83492791) & 0xFFFFFFFF
-        return ((mixed * 2654435761 & 0xFFFFFFFF) >> 16) % 100 < self.percent
+        x = (head << 20 | row << 10) + column
+        for _ in range(2):
+            x = (x ^ (x >> 16)) * 0x45D9F3B & 0xFFFFFFFF
+        return (x ^ (x >> 16)) % 100 < self.percent
 
     def blocks(self, device: torch.device) -> BlockList:
         return BlockList.from_predicate(
@@ -68,8 +70,7 @@ class ListedCase(Case):
     def density(self) -> float:
         return float(self.blocks(torch.device("cpu")).density.double().mean())
 
-    @property
-    def bound_speedup(self) -> float:
+    def bound_speedup(self, device: torch.device) -> float | None:
         every = BlockList.dense(
             seq_q=self.seq_q, seq_k=self.seq_k, block_size=self.block_size, causal=self.causal
         ).counts.double()
@@ -134,13 +135,14 @@ OP = Op(
             "b1_s4096_h8_d64_blocks64x64_keep25",
         ),
         "cuda": (
-            "b1_s16384_h16_d128_blocks128x128_keep50_causal",
-            "b1_s16384_h16_d128_blocks128x128_keep25_causal",
-            "b1_s16384_h16_d128_blocks128x128_keep10_causal",
-            "b1_s16384_h16_d128_blocks128x128_keep25",
-            "b1_s16384_h16_d128_blocks64x64_keep25",
-            "b1_s16384_h32_d64_blocks128x128_keep25",
-            "b1_s16384_h32_d64_blocks64x64_keep25",
+            "b1_s32768_h16_d128_blocks128x128_keep50",
+            "b1_s32768_h16_d128_blocks128x128_keep25",
+            "b1_s32768_h16_d128_blocks128x128_keep10",
+            "b1_s32768_h16_d128_blocks128x128_keep5",
+            "b1_s32768_h16_d128_blocks128x128_keep25_causal",
+            "b1_s32768_h16_d128_blocks64x64_keep25",
+            "b1_s32768_h16_d64_blocks128x128_keep10",
+            "b1_s32768_h16_d64_blocks64x64_keep25",
         ),
     },
 )

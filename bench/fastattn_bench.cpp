@@ -240,7 +240,7 @@ bool run_all(const Options& options) {
   const bench::Machine machine = device->machine();
   std::printf("%s %s %s on %s\n", options.op.c_str(), options.backward ? "bwd" : "fwd", name_of(dtype),
               machine.processor.c_str());
-  std::printf("%-36s %12s %10s %10s\n", "case", "time, us", "TFLOP/s", "error");
+  std::printf("%-52s %12s %10s %10s\n", "case", "time, us", "TFLOP/s", "error");
   bool good = true;
   std::vector<std::string> records;
   for (const auto& shape : cases) {
@@ -248,12 +248,12 @@ bool run_all(const Options& options) {
       const Result result = run(op, *device, *shape, dtype, options);
       const bool right = !result.error || *result.error <= allowed_error(dtype);
       good = good && right;
-      std::printf("%-36s %12s %10s %10s%s\n", shape->name.c_str(), number(result.time_us).c_str(),
+      std::printf("%-52s %12s %10s %10s%s\n", shape->name.c_str(), number(result.time_us).c_str(),
                   number(result.tflops).c_str(), number(result.error).c_str(), right ? "" : "  too large");
       records.push_back(record(*shape, dtype, options, result, machine));
     } catch (const std::runtime_error& error) {
       good = false;
-      std::printf("%-36s failed: %s\n", shape->name.c_str(), error.what());
+      std::printf("%-52s failed: %s\n", shape->name.c_str(), error.what());
     }
     std::fflush(stdout);
   }

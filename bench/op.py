@@ -72,9 +72,8 @@ class Case(ABC):
     def density(self) -> float:
         """The kept share of scores."""
 
-    @property
-    def bound_speedup(self) -> float | None:
-        """How much faster than the dense op a sparse one could be, by the tiles that it visits."""
+    def bound_speedup(self, device: torch.device) -> float | None:
+        """How much faster than the dense op a sparse one could be there, by the tiles that it visits."""
         return None
 
     @abstractmethod

@@ -1,9 +1,10 @@
-// The ops of this program. Each has a file of its own, bench/<op>.cpp, with an object of class Op.
+// The ops of this program. Each has a file of its own, bench/<op>.cpp, which adds it.
 #pragma once
 
 #include <map>
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "case.hpp"
@@ -13,7 +14,6 @@
 namespace bench {
 
 struct Op {
-  const char* form;                                // of its cases' names
   std::vector<const char*> cpu_cases, cuda_cases;  // `python -m bench` lists the same
   std::vector<const char*> small_cases;  // with ragged tiles: sanitizers are slow, and errors sit at the edges
   std::unique_ptr<Case> (*parse)(const std::string& name);
@@ -30,10 +30,7 @@ template <class CaseClass, class ProblemClass>
 struct AddOp {
   AddOp(const char* name, std::vector<const char*> cpu_cases, std::vector<const char*> cuda_cases,
         std::vector<const char*> small_cases) {
-    ops()[name] = {CaseClass::kForm,
-                   std::move(cpu_cases),
-                   std::move(cuda_cases),
-                   std::move(small_cases),
+    ops()[name] = {std::move(cpu_cases), std::move(cuda_cases), std::move(small_cases),
                    [](const std::string& text) -> std::unique_ptr<Case> { return std::make_unique<CaseClass>(text); },
                    [](const Device& device, const Case& shape, fastattn::DType dtype) -> std::unique_ptr<Problem> {
                      return std::make_unique<ProblemClass>(device, static_cast<const CaseClass&>(shape), dtype);

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from .ops import OPS
-from .records import RESULTS, Record, read
+from .records import RESULTS, Record, of_bound, read
 
 README = Path(__file__).parent.parent / "README.md"
 BEGIN = "<!-- measured figures: written by `python -m bench.readme` from bench/results -->"
@@ -40,16 +40,17 @@ def table(records: list[Record]) -> str:
     rows: dict[tuple[str, str], dict[str, Record]] = {}
     for record in records:
         rows.setdefault((record["case"], record["dtype"]), {})[record["mode"]] = record
-    results = ["TFLOP/s", "ratio to best peer", "error"]
+    is_sparse = any("ours_dense" in record["against"] for record in records)
+    results = ["TFLOP/s", *(["speedup over dense, of bound"] if is_sparse else []), "ratio to best peer", "error"]
     headings = ["case", "dtype", "forward", *results, "backward", *results]
     lines = [
         f"**{machine_line(records)}**",
         "",
         f"| {' | '.join(headings)} |",
-        f"|---|---{'|--:' * 8}|",
+        f"|---|---{'|--:' * (len(headings) - 2)}|",
     ]
     for (case, dtype), modes in rows.items():
-        cells = [cell for mode in ("fwd", "bwd") for cell in result_cells(modes.get(mode))]
+        cells = [cell for mode in ("fwd", "bwd") for cell in result_cells(modes.get(mode), is_sparse)]
         lines.append(f"| {case_of(case).described} | {dtype} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -67,9 +68,10 @@ def machine_line(records: list[Record]) -> str:
     )
 
 
-def result_cells(record: Record | None) -> list[str]:
+def result_cells(record: Record | None, is_sparse: bool) -> list[str]:
     if record is None:
-        return ["–"] * 4
+        return ["–"] * (5 if is_sparse else 4)
+    speedup = record["against"]["ours_dense"] / record["time_us"] if "ours_dense" in record["against"] else None
     peers: dict[str, float] = record["against"]
     best = min(peers, key=lambda name: peers[name], default=None)
     ratio = "–" if best is None else f"{peers[best] / record['time_us']:.2f} × {best}"
@@ -77,6 +79,7 @@ def result_cells(record: Record | None) -> list[str]:
     return [
         f"{time:.0f} ms" if time >= 1000 else f"{time:.3g} ms",
         f"{record['tflops']:.3g}",
+        *([of_bound(speedup, record["bound_speedup"])] if is_sparse else []),
         ratio,
         f"{record['error']:.0e}",
     ]

@@ -72,5 +72,12 @@ def merge(path: Path, records: list[Record]) -> None:
     path.write_text(f"[\n{lines}\n]\n")
 
 
+def of_bound(speedup: float | None, bound: float | None) -> str:
+    """A speedup over dense attention, and what share that is of what the mask allows."""
+    if speedup is None:
+        return "–"
+    return f"{speedup:.2f}" if bound is None else f"{speedup:.2f}, {speedup / bound:.0%}"
+
+
 def _key(record: Record) -> tuple[str, str, str]:
     return record["case"], record["mode"], record["dtype"]
