@@ -23,6 +23,8 @@ from torch.nn.functional import normalize, scaled_dot_product_attention
 
 from . import reference
 from .attention import attention, kept_scores
+from .block_list import BlockList
+from .block_sparse_attention import block_sparse_attention
 from .info import best_device, facts, gpu_obstacle
 from .measure import Float64Sample, Formula, Part, interleaved_times
 from .sigmoid_attention import sigmoid_attention
@@ -240,6 +242,7 @@ def _problems(device: torch.device) -> list[Problem]:
             for dtype, head_dim, causal, seq in product(dtypes, head_dims, (False, True), lengths)
         ),
         _sigmoid(device, dtypes[0], 4096 if on_gpu else 2048, heads, head_dims[-1]),
+        _blocks(device, dtypes[0], 8192 if on_gpu else 4096, heads, head_dims[-1]),
     ]
 
 
@@ -270,6 +273,24 @@ def _sigmoid(device: torch.device, dtype: torch.dtype, seq: int, heads: int, hea
         formula=reference.masked_sigmoid_attention,
         keep=lambda part: reference.band_mask(seq, seq, queries=part.queries, device=device),
         density=1,
+    )
+
+
+def _blocks(device: torch.device, dtype: torch.dtype, seq: int, heads: int, head_dim: int) -> Problem:
+    """The first block of keys, and the four nearest."""
+    blocks = BlockList.sink_and_window(1, 4, seq_q=seq, seq_k=seq, device=device)
+    mask = blocks.token_mask()
+    return Problem(
+        "blocks",
+        dtype,
+        (seq,),
+        heads,
+        head_dim,
+        ours=partial(block_sparse_attention, blocks=blocks),
+        theirs=partial(_sdpa, attn_mask=mask),
+        formula=_softmax_formula,
+        keep=lambda part: mask[0, :, part.queries],
+        density=float(mask.double().mean()),
     )
 
 
@@ -313,8 +334,7 @@ def _race_table(results: Sequence[Result]) -> Table:
         table.add_row(
             r.problem.kind,
             str(prod(r.problem.tokens)),
-            f"{ours / 1e3:.3g}",
-            f"{theirs / 1e3:.3g}",
+            *(f"{time / 1e3:.0f}" if time >= 1e6 else f"{time / 1e3:.3g}" for time in (ours, theirs)),
             f"[{'green' if ours <= theirs else 'red'}]{theirs / ours:.2f}[/]",
             f"{r.tflops('fastattn'):.3g}",
             *(f"{r.errors[name]:.1e}" for name in ("fastattn", "torch")),
