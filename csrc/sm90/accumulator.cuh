@@ -62,28 +62,32 @@ __device__ inline auto apply_to_scores(Replace&& replace) {
   }
 }
 
-// Row h of this thread as a score policy sees it (see fastattn/score/score.hpp): four lanes share a row.
-template <int kCount>
+// A row of this thread as a score policy sees it (see fastattn/score/score.hpp): four lanes share it. With kRows = 2 it
+// is both rows of the thread, for a policy to which it is all one whose score it sees.
+template <int kCount, int kRows = 1>
 struct AccumulatorRow {
   float (&value)[kCount];
-  int h;  // 0 or 1; a constant once inlined
+  int h = 0;  // the row: 0 or 1, a constant once inlined
 
-  static constexpr int kPairs = kCount / 4;
+  static constexpr int kPairs = kCount * kRows / 4;
   static constexpr int kChains = 2;  // independent dependency chains, to cover the latency of max and add
+
+  // The first of two neighbouring scores.
+  __device__ float* pair(int j) const { return &value[kRows == 1 ? 4 * j + 2 * h : 2 * j]; }
 
   __device__ float max() const {
     float partial[kChains];
 #pragma unroll
     for (int c = 0; c < kChains; ++c) {
-      partial[c] = fmaxf(value[4 * c + 2 * h], value[4 * c + 2 * h + 1]);
+      partial[c] = fmaxf(pair(c)[0], pair(c)[1]);
     }
 #pragma unroll
     for (int j = kChains; j < kPairs; ++j) {
-      partial[j % kChains] = fmaxf(partial[j % kChains], fmaxf(value[4 * j + 2 * h], value[4 * j + 2 * h + 1]));
+      partial[j % kChains] = fmaxf(partial[j % kChains], fmaxf(pair(j)[0], pair(j)[1]));
     }
     const float local = fmaxf(partial[0], partial[1]);
-    const float pair = fmaxf(local, __shfl_xor_sync(0xffffffffu, local, 1));
-    return fmaxf(pair, __shfl_xor_sync(0xffffffffu, pair, 2));
+    const float of_two = fmaxf(local, __shfl_xor_sync(0xffffffffu, local, 1));
+    return fmaxf(of_two, __shfl_xor_sync(0xffffffffu, of_two, 2));
   }
 
   template <class Function>
@@ -92,12 +96,12 @@ struct AccumulatorRow {
       float partial[kChains] = {};
 #pragma unroll
       for (int j = 0; j < kPairs; ++j) {
-        float& low = value[4 * j + 2 * h];
-        float& high = value[4 * j + 2 * h + 1];
-        low = step(function, low);
-        high = step(function, high);
-        partial[0] += low;
-        partial[1] += high;
+#pragma unroll
+        for (int e = 0; e < kChains; ++e) {
+          float& score = pair(j)[e];
+          score = step(function, score);
+          partial[e] += score;
+        }
       }
       return partial[0] + partial[1];
     });

@@ -11,6 +11,7 @@
 #include <cutlass/arch/reg_reconfig.h>
 
 #include <cstdint>
+#include <type_traits>
 
 #include "fastattn/schedule/schedule.hpp"
 #include "fastattn/score/score.hpp"
@@ -167,9 +168,13 @@ struct ForwardKernel {
       if constexpr (coverage() == Coverage::kPartial) {
         kept_bits(schedule.tile_mask(work.q_tile, k_tile, kTile), first_row, at).apply(scores, -kInfinity);
       }
+      if constexpr (std::is_empty_v<typename Score::State>) {
+        score.absorb(state[0], AccumulatorRow<kTile.k / 2, 2>{scores});
+      } else {
 #pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        decay[h] = score.absorb(state[h], AccumulatorRow<kTile.k / 2>{scores, h});
+        for (int h = 0; h < 2; ++h) {
+          decay[h] = score.absorb(state[h], AccumulatorRow<kTile.k / 2>{scores, h});
+        }
       }
     };
 

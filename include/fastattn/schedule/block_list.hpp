@@ -226,11 +226,14 @@ struct BlockList::Cursor {
       const Share share = list.share(q, k, cell, reader.full);
       any = any || share != Share::kNothing;
       full_scores += share == Share::kAll ? cell.q * cell.k : 0;
-      if ((reader.block + 1) * list.block.k > k_end) {
-        break;
+      const int block_end_k = (reader.block + 1) * list.block.k;
+      if (block_end_k <= k_end) {
+        ++reader.at;
+        reader.read(list.rows, row, list.blocks_k());
       }
-      ++reader.at;
-      reader.read(list.rows, row, list.blocks_k());
+      if (block_end_k >= k_end) {
+        break;  // without a look at the next block, which on a GPU is still on its way
+      }
     }
   }
 };

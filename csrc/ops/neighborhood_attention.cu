@@ -1,0 +1,132 @@
+// `neighborhood_attention` on Hopper: softmax over boxes of a grid, in bf16 and fp16. See neighborhood_attention.md.
+#include "fastattn/fastattn.hpp"
+#include "fastattn/plan/neighborhood_tiles.hpp"
+#include "fastattn/schedule/neighborhood.hpp"
+#include "fastattn/score/softmax.hpp"
+#include "ops/validate.hpp"
+#include "sm90/config.hpp"
+#include "sm90/output.cuh"
+#include "sm90/run.cuh"
+
+namespace fastattn {
+namespace {
+
+// The list of tiles, as types.
+template <int kRank>
+struct Boxes {
+  static constexpr NeighborhoodTiles kTiles = kGpuNeighborhoodTiles[kRank - 1];
+  static constexpr PerAxis<int> kNarrow = kGpuNeighborhoodNarrowQueries[kRank - 1];
+  using Query = FixedBox<kTiles.q[0], kTiles.q[1], kTiles.q[2]>;
+  using NarrowQuery = FixedBox<kNarrow[0], kNarrow[1], kNarrow[2]>;
+  using Key = FixedBox<kTiles.k[0], kTiles.k[1], kTiles.k[2]>;
+};
+
+template <class Element_, class QBox, class KBox>
+struct SoftmaxNeighborhood {
+  using Schedule = NeighborhoodSchedule<false, QBox, KBox>;
+  using Score = Softmax;
+  using Element = Element_;
+  using Epilogue = sm90::Output<Element, true>;
+  static constexpr TileShape kTile = {product(QBox::extent()), product(KBox::extent())};
+
+  static Schedule schedule_of(const NeighborhoodAttention& p) { return make_neighborhood(p.axes, QBox{}, KBox{}); }
+};
+
+template <class Element, class Boxes>
+struct Forward : SoftmaxNeighborhood<Element, typename Boxes::Query, typename Boxes::Key> {
+  static constexpr sm90::Config kForward[] = {{.head_dim = 64, .tile = Forward::kTile, .stages = 2, .warpgroups = 2},
+                                              {.head_dim = 128, .tile = Forward::kTile, .stages = 2, .warpgroups = 2}};
+};
+
+template <class Element, class Boxes>
+struct Backward64 : SoftmaxNeighborhood<Element, typename Boxes::Query, typename Boxes::Key> {
+  static constexpr sm90::Config kBackward[] = {
+      {.head_dim = 64, .tile = Backward64::kTile, .stages = 2, .warpgroups = 2}};
+};
+
+// Registers have room for 64 queries only.
+template <class Element, class Boxes>
+struct Backward128 : SoftmaxNeighborhood<Element, typename Boxes::NarrowQuery, typename Boxes::Key> {
+  static constexpr sm90::Config kBackward[] = {
+      {.head_dim = 128, .tile = Backward128::kTile, .stages = 2, .warpgroups = 2}};
+};
+
+// Calls run.operator()<Element, Boxes>() for the problem's dtype and axes.
+template <class Run>
+auto with_boxes(const NeighborhoodAttention& p, Run&& run) {
+  return sm90::with_element(p.q.dtype, [&]<class Element>() {
+    if (p.axes[0].length > 1) {
+      return run.template operator()<Element, Boxes<3>>();
+    }
+    return p.axes[1].length > 1 ? run.template operator()<Element, Boxes<2>>()
+                                : run.template operator()<Element, Boxes<1>>();
+  });
+}
+
+// Calls run.operator()<Variant>() for the backward's variant.
+template <class Run>
+auto with_backward(const NeighborhoodAttention& p, Run&& run) {
+  return with_boxes(p, [&]<class Element, class Boxes>() {
+    return p.q.head_dim() <= 64 ? run.template operator()<Backward64<Element, Boxes>>()
+                                : run.template operator()<Backward128<Element, Boxes>>();
+  });
+}
+
+// Judges a problem whose forward is `p`. A head must fill the panels of its tiles: the next one begins in the same
+// dimension of the tensor map.
+template <class Problem>
+Status check_problem(const char* op, const Problem& problem, const NeighborhoodAttention& p) {
+  Status status = sm90::check_problem(op, problem, p.q.dtype);
+  if (const std::int64_t dim = p.q.head_dim(); status.ok() && dim != 64 && dim != 128) {
+    status = failure("%s: head_dim must be 64 or 128 on the GPU, got %lld", op, static_cast<long long>(dim));
+  }
+  return status;
+}
+
+}  // namespace
+
+Status neighborhood_attention(const NeighborhoodAttention& p, Stream stream) {
+  constexpr const char* kOp = "neighborhood_attention";
+  if (const Status status = check_problem(kOp, p, p); !status.ok()) {
+    return status;
+  }
+  return with_boxes(p, [&]<class Element, class Boxes>() {
+    using Variant = Forward<Element, Boxes>;
+    return sm90::run_forward<Variant>(kOp, {p.q, p.k, p.v, p.out, Variant::schedule_of(p), {p.scale * kLog2E}, p.lse},
+                                      stream);
+  });
+}
+
+Status neighborhood_attention_backward(const NeighborhoodAttentionBackward& problem, Stream stream) {
+  constexpr const char* kOp = "neighborhood_attention_backward";
+  const NeighborhoodAttention& p = problem.forward;
+  if (const Status status = check_problem(kOp, problem, p); !status.ok()) {
+    return status;
+  }
+  return with_backward(p, [&]<class Variant>() {
+    return sm90::run_backward<Variant>(kOp,
+                                       {.q = p.q,
+                                        .k = p.k,
+                                        .v = p.v,
+                                        .dout = problem.dout,
+                                        .dq = problem.dq,
+                                        .dk = problem.dk,
+                                        .dv = problem.dv,
+                                        .out = p.out,
+                                        .lse = p.lse,
+                                        .dlse = problem.dlse,
+                                        .schedule = Variant::schedule_of(p),
+                                        .score = {p.scale * kLog2E},
+                                        .scale = p.scale,
+                                        .workspace = problem.workspace},
+                                       stream);
+  });
+}
+
+std::size_t neighborhood_attention_backward_workspace(const NeighborhoodAttentionBackward& problem, Stream) {
+  const NeighborhoodAttention& p = problem.forward;
+  return with_backward(
+      p, [&]<class Variant>() { return sm90::backward_workspace<Variant>(p.q, Variant::schedule_of(p)); });
+}
+
+}  // namespace fastattn
