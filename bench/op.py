@@ -37,7 +37,8 @@ class Case(ABC):
 
     @classmethod
     def parse(cls, name: str) -> "Case":
-        match = cls._match(name)
+        sizes = r"h(?P<heads>\d+)(_kv(?P<kv_heads>\d+))?_d(?P<head_dim>\d+)"
+        match = re.fullmatch(rf"b(?P<batch>\d+)_{cls.TOKENS}_{sizes}{cls.MASK}", name)
         if match is None:
             raise ValueError(f"case {name!r} is not of the form {cls.FORM}")
         heads = int(match["heads"])
@@ -46,12 +47,11 @@ class Case(ABC):
 
     @classmethod
     def is_name(cls, text: str) -> bool:
-        return cls._match(text) is not None
-
-    @classmethod
-    def _match(cls, name: str) -> re.Match[str] | None:
-        heads = r"h(?P<heads>\d+)(_kv(?P<kv_heads>\d+))?_d(?P<head_dim>\d+)"
-        return re.fullmatch(rf"b(?P<batch>\d+)_{cls.TOKENS}_{heads}{cls.MASK}", name)
+        try:
+            cls.parse(text)
+        except ValueError:
+            return False
+        return True
 
     @classmethod
     @abstractmethod

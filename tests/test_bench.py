@@ -31,6 +31,11 @@ SMALL = {
         "b2_s150x260_h4_kv2_d8_blocks64x128_keep60_causal",
         "b1_s200_h2_d8_blocks128x64_keep40",
     ],
+    "neighborhood_attention": [
+        "b2_4x6x8_h4_kv2_d8_w3x4x5_s1x2x3_causal100",
+        "b1_9x13_h2_d8_w3x4_dil2x3_causal01",
+        "b1_40_h1_d8_w7_s4",
+    ],
     "sigmoid_attention": ["b2_s5x7_h4_kv2_d8_causal", "b1_s4x9_h2_d8"],
 }
 op_and_case = pytest.mark.parametrize(
