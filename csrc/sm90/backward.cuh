@@ -285,8 +285,10 @@ struct BackwardKernel {
     const auto token_of = [&](int row) {
       return params.schedule.at(work.batch, 0).key_token(work.k_tile * kTile.k + shared_row + row);
     };
-    store_rows<Element>(dk, shared.k, shared_row, thread, 1 + warpgroup, params.dk, work.batch, work.kv_head, token_of);
-    store_rows<Element>(dv, shared.v, shared_row, thread, 1 + warpgroup, params.dv, work.batch, work.kv_head, token_of);
+    store_rows<Element>(dk, shared.k, shared_row, thread, 1 + warpgroup, params.dk, work.batch, work.kv_head, 0,
+                        token_of);
+    store_rows<Element>(dv, shared.v, shared_row, thread, 1 + warpgroup, params.dv, work.batch, work.kv_head, 0,
+                        token_of);
   }
 
   // The statistics of the queries in columns `column` and `column` + 1 of a transposed score tile.
@@ -395,31 +397,28 @@ struct FinishParams {
 template <class Element, class Kernel, class Schedules>
 __global__ void finish_kernel(const __grid_constant__ FinishParams<Schedules> params) {
   constexpr int kPiece = Kernel::kPiece;
+  __shared__ SharedTile<Element, kPiece, kPiece> staging;
   const int warpgroup = blockIdx.x % Kernel::kWarpgroups;
   const std::int64_t tile = blockIdx.x / Kernel::kWarpgroups;
   const int q_tile = static_cast<int>(tile % params.q_tiles);
   const std::int64_t heads = params.dq.heads(), head = tile / params.q_tiles % heads;
   const std::int64_t batch = tile / params.q_tiles / heads;
-  const AccumulatorThread at(threadIdx.x);
   const int first_row = q_tile * Kernel::kTile.q + warpgroup % Kernel::kRowPieces * kPiece;
   const int first_column = warpgroup / Kernel::kRowPieces * kPiece;
-  const auto schedule = params.schedule.at(0, 0);
-  const int tokens[2] = {schedule.query_token(first_row + at.row(0)), schedule.query_token(first_row + at.row(1))};
   const float* piece = params.sums + std::int64_t{blockIdx.x} * (kPiece * kPiece);
 
+  float dq[kPiece / 2];
 #pragma unroll
   for (int j = 0; j < kPiece / 8; ++j) {
     const float4 sum = *reinterpret_cast<const float4*>(piece + (j * kWarpgroupThreads + threadIdx.x) * 4);
-    const int column = first_column + at.column(j);
-    const std::uint32_t pairs[2] = {DeviceElement<Element>::pack(sum.x * params.scale, sum.y * params.scale),
-                                    DeviceElement<Element>::pack(sum.z * params.scale, sum.w * params.scale)};
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      if (tokens[h] >= 0 && column < params.dq.head_dim()) {
-        *reinterpret_cast<std::uint32_t*>(params.dq.template row<Element>(batch, tokens[h], head) + column) = pairs[h];
-      }
-    }
+    dq[4 * j] = sum.x * params.scale;
+    dq[4 * j + 1] = sum.y * params.scale;
+    dq[4 * j + 2] = sum.z * params.scale;
+    dq[4 * j + 3] = sum.w * params.scale;
   }
+  const auto schedule = params.schedule.at(0, 0);
+  store_rows<Element>(dq, staging, 0, threadIdx.x, 0, params.dq, batch, head, first_column,
+                      [&](int row) { return schedule.query_token(first_row + row); });
 }
 
 }  // namespace fastattn::sm90

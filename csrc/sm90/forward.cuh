@@ -101,11 +101,12 @@ struct ForwardKernel {
     shared.q_full.arrive_and_expect_tx(QueryTile::kBytes);
     params.q.load(shared.q, schedule.query_origin(work.q_tile, kTile), work.head, work.batch, shared.q_full);
     Position k_at, v_at;
-    int v_tile = -1;  // values run one tile behind keys, as in the consumer
+    bool values_pending = false;  // values run one tile behind keys, as in the consumer
+    typename Params::Origin values_origin{};
     const auto load_values = [&] {
-      if (v_tile >= 0) {
+      if (values_pending) {
         Barrier& full = shared.v_ring.begin_fill(v_at, KeyTile::kBytes);
-        params.v.load(shared.v[v_at.stage], schedule.key_origin(v_tile, kTile), kv_head, work.batch, full);
+        params.v.load(shared.v[v_at.stage], values_origin, kv_head, work.batch, full);
         v_at.advance();
       }
     };
@@ -121,11 +122,13 @@ struct ForwardKernel {
             shared.k_ring.begin_fill(k_at, 0, run);
           }
           for (int k_tile = run.first; k_tile < run.first + run.count; ++k_tile) {
+            const auto origin = schedule.key_origin(k_tile, kTile);  // found before there is a stage to wait for
             Barrier& full = shared.k_ring.begin_fill(k_at, KeyTile::kBytes, run);
-            params.k.load(shared.k[k_at.stage], schedule.key_origin(k_tile, kTile), kv_head, work.batch, full);
+            params.k.load(shared.k[k_at.stage], origin, kv_head, work.batch, full);
             k_at.advance();
             load_values();
-            v_tile = k_tile;
+            values_pending = true;
+            values_origin = origin;
           }
         });
     load_values();
@@ -164,8 +167,8 @@ struct ForwardKernel {
     };
     // Scores become weights; decay is what the output so far must be multiplied by.
     float decay[2];
-    const auto absorb = [&](int k_tile, auto coverage) {
-      if constexpr (coverage() == Coverage::kPartial) {
+    const auto absorb = [&](int k_tile, Coverage coverage) {
+      if (coverage == Coverage::kPartial) {
         kept_bits(schedule.tile_mask(work.q_tile, k_tile, kTile), first_row, at).apply(scores, -kInfinity);
       }
       if constexpr (std::is_empty_v<typename Score::State>) {
@@ -187,7 +190,7 @@ struct ForwardKernel {
       wgmma::wait<0>();
       wgmma::pin(scores);
       release(shared.k_ring, k_at);
-      absorb(run.first, CoverageTag<Coverage::kPartial>{});  // the mask holds for a full tile as well
+      absorb(run.first, run.coverage);
       pack<Element>(scores, weights);
       ++run.first, --run.count;
 
@@ -201,7 +204,7 @@ struct ForwardKernel {
         wgmma::wait<1>();
         wgmma::pin(scores);
         release(shared.k_ring, k_at);
-        absorb(k_tile, coverage);
+        absorb(k_tile, coverage());
         wgmma::wait<0>();
         wgmma::pin(out);
         wgmma::pin(weights);

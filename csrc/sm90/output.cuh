@@ -11,12 +11,14 @@
 
 namespace fastattn::sm90 {
 
-// Rounds the 64 × kHeadDim accumulator of one warpgroup and writes its rows to the tokens token_of(row) of a head, by
-// way of rows [first_row, first_row + 64) of `staging`: eight lanes write 128 consecutive bytes. Rows with token −1 are
-// not written. Named barrier `barrier` is used, by this warpgroup alone.
+// Rounds the accumulator of one warpgroup and writes its 64 rows to the tokens token_of(row) of a head, from column
+// `first_column` on, by way of rows [first_row, first_row + 64) of `staging`: eight lanes write 128 consecutive bytes.
+// Rows with token −1 and columns past the head's are not written. Named barrier `barrier` is used, by this warpgroup
+// alone.
 template <class Element, class Tile, int kCount, class TokenOf>
 __device__ void store_rows(const float (&value)[kCount], Tile& staging, int first_row, int thread, int barrier,
-                           const TensorView& to, std::int64_t batch, std::int64_t head, TokenOf&& token_of) {
+                           const TensorView& to, std::int64_t batch, std::int64_t head, int first_column,
+                           TokenOf&& token_of) {
   constexpr int kUnits = kPanelRowBytes / 16, kElements = 16 / sizeof(Element);
   std::uint32_t rounded[kCount / 2];
   pack<Element>(value, rounded);
@@ -34,7 +36,7 @@ __device__ void store_rows(const float (&value)[kCount], Tile& staging, int firs
     const int shared_row = first_row + row;
 #pragma unroll
     for (int panel = 0; panel < Tile::kPanels; ++panel) {
-      const int column = panel * kPanelColumns + unit * kElements;
+      const int column = first_column + panel * kPanelColumns + unit * kElements;
       if (column < to.head_dim()) {
         *reinterpret_cast<uint4*>(address + column) = *reinterpret_cast<const uint4*>(
             staging.panel(panel) + shared_row * kPanelRowBytes + (unit ^ shared_row % 8) * 16);
@@ -67,7 +69,7 @@ struct Output {
         }
       }
     }
-    store_rows<Element>(value, staging, warpgroup * kWarpgroupRows, thread, warpgroup, out, batch, head, token_of);
+    store_rows<Element>(value, staging, warpgroup * kWarpgroupRows, thread, warpgroup, out, batch, head, 0, token_of);
   }
 };
 
