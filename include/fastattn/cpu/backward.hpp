@@ -120,23 +120,22 @@ struct GradientTile {
   void accumulate(const Schedule& schedule, const Score& score, const TensorView& y1, const TensorView& y2,
                   std::int64_t b, std::int64_t h, RowTerms terms) {
     using V = Vector<Isa>;
+    KeyStream<Element, kTile, Schedule> stream{schedule, y1, y2, b, h};
     for_each_tile(schedule, tile, kTile, [&](int y_tile, auto coverage) {
-      const TileTokens y_tokens = key_tokens<kTile>(schedule, y_tile);
-      const Rows from1 = rows_of<const Element>(y1, b, h, y_tokens), from2 = rows_of<const Element>(y2, b, h, y_tokens);
       const int count = min_of(kTile.k, schedule.num_k - y_tile * kTile.k), columns = round_up<Isa>(count);
       const Panels<Isa> y1_rows{stream1, count, width}, y1_columns{stream1_columns, dim, columns};
       const Panels<Isa> y2_rows{stream2, count, width}, y2_columns{stream2_columns, dim, columns};
-      pack_columns(y1_columns, from1);
-      pack_columns(y2_columns, from2);
-      pack_rows(y1_rows, from1, dim);
+      stream.move_to(y_tile);
+      pack_columns(y1_columns, stream.rows1);
+      pack_columns(y2_columns, stream.rows2);
+      pack_rows(y1_rows, stream.rows1, dim);
       if constexpr (kStays == Stays::kKeys) {
-        pack_rows(y2_rows, from2, dim);
-        load_terms<Score>(terms, y_tokens);
+        pack_rows(y2_rows, stream.rows2, dim);
+        load_terms<Score>(terms, stream.tokens);
       }
-      // Runs ascend: the tile after this one most likely follows it.
-      const TileTokens next_tokens = key_tokens<kTile>(schedule, y_tile + 1);
-      prefetch<Isa>(rows_of<const Element>(y1, b, h, next_tokens), dim);
-      prefetch<Isa>(rows_of<const Element>(y2, b, h, next_tokens), dim);
+      stream.move_to(y_tile + 1);  // runs ascend: most likely the next one
+      prefetch<Isa>(stream.rows1, dim);
+      prefetch<Isa>(stream.rows2, dim);
 
       multiply<Isa, Update::kOverwrite>(x1, width, y1_columns, weights, kTile.k, rows);
       multiply<Isa, Update::kOverwrite>(x2, width, y2_columns, score_gradients, kTile.k, rows);

@@ -83,16 +83,16 @@ void forward(const ForwardTensors& x, const Schedules& schedules, const Score& s
     for (int i = 0; i < kRows * width; ++i) {
       out[i] = 0.f;
     }
+    KeyStream<Element, kTile, decltype(schedule)> stream{schedule, x.k, x.v, b, h / group};
     for_each_tile(schedule, q_tile, kTile, [&](int k_tile, auto coverage) {
-      const TileTokens k_tokens = key_tokens<kTile>(schedule, k_tile);
       const int count = min_of(kTile.k, num_k - k_tile * kTile.k), columns = round_up<Isa>(count);
       const Panels<Isa> k{keys, dim, columns}, v{values, count, width};
-      pack_columns(k, rows_of<const Element>(x.k, b, h / group, k_tokens));
-      pack_rows(v, rows_of<const Element>(x.v, b, h / group, k_tokens), dim);
-      // Runs ascend: the tile after this one most likely follows it.
-      const TileTokens next_tokens = key_tokens<kTile>(schedule, k_tile + 1);
-      prefetch<Isa>(rows_of<const Element>(x.k, b, h / group, next_tokens), dim);
-      prefetch<Isa>(rows_of<const Element>(x.v, b, h / group, next_tokens), dim);
+      stream.move_to(k_tile);
+      pack_columns(k, stream.rows1);
+      pack_rows(v, stream.rows2, dim);
+      stream.move_to(k_tile + 1);  // runs ascend: most likely the next one
+      prefetch<Isa>(stream.rows1, dim);
+      prefetch<Isa>(stream.rows2, dim);
 
       multiply<Isa, Update::kOverwrite>(q, width, k, scores, kTile.k, rows);
       const auto mask = schedule.tile_mask(q_tile, k_tile, kTile);

@@ -79,6 +79,26 @@ FASTATTN_HD Rows<Element, kSlots> rows_of(const TensorView& view, std::int64_t b
   return rows;
 }
 
+// The rows of one tile of keys after the other, in two tensors.
+template <class Element, TileShape kTile, TileSchedule Schedule>
+struct KeyStream {
+  const Schedule& schedule;
+  const TensorView &view1, &view2;
+  std::int64_t b, h;
+  int tile = -1;
+  TileTokens<kTile.k> tokens = {};
+  Rows<const Element, kTile.k> rows1 = {}, rows2 = {};
+
+  FASTATTN_HD void move_to(int k_tile) {
+    if (tile != k_tile) {
+      tile = k_tile;
+      tokens = key_tokens<kTile>(schedule, k_tile);
+      rows1 = rows_of<const Element>(view1, b, h, tokens);
+      rows2 = rows_of<const Element>(view2, b, h, tokens);
+    }
+  }
+};
+
 template <class Isa>
 constexpr int round_up(int n) {
   return ceil_div(n, Vector<Isa>::kWidth) * Vector<Isa>::kWidth;
