@@ -152,6 +152,7 @@ const AddOp<NeighborhoodCase, NeighborhoodAttentionProblem> kOp{
         "b1_256x256_h24_d128_w80x80",
         "b1_32768_h24_d128_w2048_s256",
         "b1_32768_h24_d128_w2048",
+        "b1_30x32x32_h24_d128_w30x32x32_causal100",
         "b1_30x32x32_h24_d128_w18x16x16_s2x8x8_causal100",
     },
     {
