@@ -2,11 +2,9 @@
 #include "fastattn/fastattn.hpp"
 #include "fastattn/plan/neighborhood_tiles.hpp"
 #include "fastattn/schedule/neighborhood.hpp"
-#include "fastattn/score/softmax.hpp"
+#include "ops/softmax.cuh"
 #include "ops/validate.hpp"
 #include "sm90/config.hpp"
-#include "sm90/output.cuh"
-#include "sm90/run.cuh"
 
 namespace fastattn {
 namespace {
@@ -21,15 +19,11 @@ struct Boxes {
   using Key = FixedBox<kTiles.k[0], kTiles.k[1], kTiles.k[2]>;
 };
 
-template <class Element_, class QBox, class KBox>
-struct SoftmaxNeighborhood {
-  using Schedule = NeighborhoodSchedule<false, QBox, KBox>;
-  using Score = Softmax;
-  using Element = Element_;
-  using Epilogue = sm90::Output<Element, true>;
+template <class Element, class QBox, class KBox>
+struct SoftmaxNeighborhood : SoftmaxOver<Element, NeighborhoodSchedule<false, QBox, KBox>> {
   static constexpr TileShape kTile = {product(QBox::extent()), product(KBox::extent())};
 
-  static Schedule schedule_of(const NeighborhoodAttention& p) { return make_neighborhood(p.axes, QBox{}, KBox{}); }
+  static auto schedule_of(const NeighborhoodAttention& p) { return make_neighborhood(p.axes, QBox{}, KBox{}); }
 };
 
 template <class Element, class Boxes>
@@ -55,11 +49,14 @@ struct Backward128 : SoftmaxNeighborhood<Element, typename Boxes::NarrowQuery, t
 template <class Run>
 auto with_boxes(const NeighborhoodAttention& p, Run&& run) {
   return sm90::with_element(p.q.dtype, [&]<class Element>() {
-    if (p.axes[0].length > 1) {
-      return run.template operator()<Element, Boxes<3>>();
+    switch (num_axes(p.axes)) {
+      case 1:
+        return run.template operator()<Element, Boxes<1>>();
+      case 2:
+        return run.template operator()<Element, Boxes<2>>();
+      default:
+        return run.template operator()<Element, Boxes<3>>();
     }
-    return p.axes[1].length > 1 ? run.template operator()<Element, Boxes<2>>()
-                                : run.template operator()<Element, Boxes<1>>();
   });
 }
 
@@ -92,8 +89,7 @@ Status neighborhood_attention(const NeighborhoodAttention& p, Stream stream) {
   }
   return with_boxes(p, [&]<class Element, class Boxes>() {
     using Variant = Forward<Element, Boxes>;
-    return sm90::run_forward<Variant>(kOp, {p.q, p.k, p.v, p.out, Variant::schedule_of(p), {p.scale * kLog2E}, p.lse},
-                                      stream);
+    return softmax_forward<Variant>(kOp, p, Variant::schedule_of(p), stream);
   });
 }
 
@@ -103,24 +99,8 @@ Status neighborhood_attention_backward(const NeighborhoodAttentionBackward& prob
   if (const Status status = check_problem(kOp, problem, p); !status.ok()) {
     return status;
   }
-  return with_backward(p, [&]<class Variant>() {
-    return sm90::run_backward<Variant>(kOp,
-                                       {.q = p.q,
-                                        .k = p.k,
-                                        .v = p.v,
-                                        .dout = problem.dout,
-                                        .dq = problem.dq,
-                                        .dk = problem.dk,
-                                        .dv = problem.dv,
-                                        .out = p.out,
-                                        .lse = p.lse,
-                                        .dlse = problem.dlse,
-                                        .schedule = Variant::schedule_of(p),
-                                        .score = {p.scale * kLog2E},
-                                        .scale = p.scale,
-                                        .workspace = problem.workspace},
-                                       stream);
-  });
+  return with_backward(
+      p, [&]<class Variant>() { return softmax_backward<Variant>(kOp, problem, Variant::schedule_of(p), stream); });
 }
 
 std::size_t neighborhood_attention_backward_workspace(const NeighborhoodAttentionBackward& problem, Stream) {

@@ -89,11 +89,13 @@ def _core() -> ctypes.CDLL:
     return ctypes.CDLL(str(_library.path))
 
 
-def compiled_tiles(axes: int, device: str) -> Tiles:
-    """What the kernels for problems of so many axes are compiled for."""
-    tiles = _Tiles()
+def compiled_tiles(shape: Sequence[int], device: str) -> Tiles:
+    """What the kernels for a problem of that shape are compiled for: leading axes of length 1 are no axes to them."""
+    axes, tiles = len(shape), _Tiles()
+    while axes > 1 and shape[-axes] == 1:
+        axes -= 1
     _core().fastattn_neighborhood_tiles(axes, device == "cuda", ctypes.byref(tiles))
-    return Tiles(tuple(tiles.q)[-axes:], tuple(tiles.k)[-axes:])
+    return Tiles(tuple(tiles.q)[-len(shape) :], tuple(tiles.k)[-len(shape) :])
 
 
 @dataclass(frozen=True)

@@ -133,7 +133,7 @@ def plan(
     if dense_tflops is not None and not dense_tflops > 0:
         raise ValueError(f"dense_tflops must be positive, got {dense_tflops}")
     options = axis_options(len(shape), window, stride, dilation, causal)
-    candidates = [compiled_tiles(len(shape), device)] if tiles is None else [_tiles_of(pair, shape) for pair in tiles]
+    candidates = [compiled_tiles(shape, device)] if tiles is None else [_tiles_of(pair, shape) for pair in tiles]
     if not candidates:
         raise ValueError("tiles must be None or name at least one pair of boxes, got none")
 

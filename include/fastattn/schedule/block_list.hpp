@@ -101,7 +101,7 @@ struct BlockList {
       return mask;
     }
     mask.kept = 0;
-    for (int bit = 0; bit < 4; ++bit) {
+    for (int bit = 0; bit < (one_block ? 1 : 4); ++bit) {
       const Entry entry = find(row + bit / 2, column + bit % 2);
       mask.kept |= std::uint32_t{entry.kept} << bit;
       mask.full |= std::uint32_t{entry.full} << bit;
