@@ -165,6 +165,14 @@ def test_tiles_are_those_of_the_kernels() -> None:
             assert all(len(box) == axes and prod(box) == slots for box in candidate.tiles)
 
 
+def test_leading_axes_of_length_1_do_not_count() -> None:
+    for shape in [(64, 96), (200,)]:
+        boxes = plan(shape, window=7).best.tiles
+        led = plan((1, *shape), window=(-1,) + (7,) * len(shape)).best
+        assert led.tiles == ((1, *boxes.q), (1, *boxes.k))
+        assert led.counts == plan(shape, window=7).best.counts
+
+
 # Options.
 
 

@@ -10,7 +10,7 @@ namespace {
 
 template <class Element>
 struct SoftmaxBand : SoftmaxOver<Element, Band> {
-  // By head_dim, ascending; the reasons and the times of the alternatives are in attention.md.
+  // By head_dim, ascending; the reasons are in attention.md.
   static constexpr sm90::Config kForward[] = {{.head_dim = 64, .tile = {192, 128}, .stages = 2, .warpgroups = 3},
                                               {.head_dim = 128, .tile = {128, 128}, .stages = 2, .warpgroups = 2}};
   static constexpr sm90::Config kBackward[] = {{.head_dim = 64, .tile = {128, 128}, .stages = 2, .warpgroups = 2},
