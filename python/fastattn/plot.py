@@ -36,12 +36,12 @@ class Grid:
 
 
 def run(shape: tuple[int, ...], output: Path, *, query: tuple[int, ...] | None, tiles: Any, **arguments: Any) -> None:
-    if find_spec("matplotlib") is None:
-        raise ValueError("it needs matplotlib: pip install 'fastattn[demo]'")
     planned = plan(shape, tiles=[tiles] if tiles else None, **arguments)
     query = query or tuple(n // 2 for n in shape)
     if len(query) != len(shape) or not all(0 <= x < n for x, n in zip(query, shape, strict=True)):
         raise ValueError(f"query must be the coordinates of one of {by_axis(shape)} tokens, got {by_axis(query)}")
+    if find_spec("matplotlib") is None:
+        raise ValueError("it needs matplotlib: pip install 'fastattn[demo]'")
     view = Schedule(shape, planned.options, planned.best.tiles).view(query)
     _draw([_tokens(planned, query, view), _tiles(planned, query, view)], _caption(planned, query, view), output)
 
