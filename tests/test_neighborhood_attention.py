@@ -17,6 +17,7 @@ from cases import assert_same, relative_error, run
 from fastattn import reference
 
 NAMES = ("out", "lse", "dq", "dk", "dv")
+MAX_GPU_STEP = 8
 HEAD_DIMS = {"cpu": range(8, 257, 8), "cuda": (64, 128)}
 
 
@@ -42,6 +43,13 @@ class Case:
             value = getattr(self, option)
             name += "" if value == usual else f"-{option}{by_axis(value)}"
         return f"{name}-b{self.batch}-h{self.heads}x{self.kv_heads}-d{self.head_dim}"
+
+    @property
+    def step(self) -> int:
+        """Between neighbours of a dilation group, along the axis where it is largest."""
+        count = len(self.axes)
+        dilation = self.dilation if isinstance(self.dilation, tuple) else (self.dilation,) * count
+        return max(map(min, dilation, self.axes))
 
     @property
     def mask(self) -> dict[str, Any]:
@@ -88,6 +96,9 @@ CASES = [
     Case((200,), 64, stride=64),
     Case((201,), 11, dilation=7),
     Case((131,), 20, stride=6, dilation=2, causal=True),
+    Case((201,), 5, dilation=8),
+    Case((201,), 5, dilation=11),
+    Case((40, 37), 3, dilation=(1, 9)),
     Case((5,), 3, dilation=9),
     Case((300,), 70, causal=True, heads=4, kv_heads=2, head_dim=128),
     Case((8, 16), (3, 5)),
@@ -117,6 +128,8 @@ def test_values_and_gradients(case: Case, place) -> None:
     device, dtype = place
     if case.head_dim not in HEAD_DIMS[device]:
         pytest.skip(f"head_dim {case.head_dim} is not supported on {device}")
+    if device == "cuda" and case.step > MAX_GPU_STEP:
+        pytest.skip(f"dilation {case.dilation} is not supported on {device}")
     inputs, cotangents = case.inputs(device, dtype), case.cotangents(device, dtype)
     results = run(case.ours, inputs, cotangents)
     exact = run(case.plain, tuple(x.double() for x in inputs), cotangents)
@@ -563,3 +576,10 @@ def test_padding_beyond_all_bounds_is_refused() -> None:
     message = "in tiles of 1 x 8 x 8, each of one dilation group, tokens take 1073741824 places; it must be fewer than"
     with pytest.raises(RuntimeError, match=message):
         fastattn.neighborhood_attention(q, q, q, window=1, dilation=4096)
+
+
+@pytest.mark.gpu
+def test_a_dilation_that_the_gpu_does_not_step() -> None:
+    q = torch.zeros(1, 40, 20, 1, 64, dtype=torch.bfloat16, device="cuda")
+    with pytest.raises(RuntimeError, match="dilation must be at most 8 on the GPU, got 9"):
+        fastattn.neighborhood_attention(q, q, q, window=2, dilation=(1, 9))

@@ -69,13 +69,19 @@ auto with_backward(const NeighborhoodAttention& p, Run&& run) {
   });
 }
 
-// Judges a problem whose forward is `p`. A head must fill the panels of its tiles: the next one begins in the same
-// dimension of the tensor map.
+// Judges a problem whose forward is `p`. A head must fill the panels of its tiles, as the next one begins in the same
+// dimension of the tensor map, whose steps are at most 8.
 template <class Problem>
 Status check_problem(const char* op, const Problem& problem, const NeighborhoodAttention& p) {
+  constexpr int kMaxStep = 8;
   Status status = sm90::check_problem(op, problem, p.q.dtype);
   if (const std::int64_t dim = p.q.head_dim(); status.ok() && dim != 64 && dim != 128) {
     status = failure("%s: head_dim must be 64 or 128 on the GPU, got %lld", op, static_cast<long long>(dim));
+  }
+  for (int a = 0; a < kAxes && status.ok(); ++a) {
+    if (min_of(p.axes[a].dilation, p.axes[a].length) > kMaxStep) {
+      status = failure("%s: dilation must be at most %d on the GPU, got %d", op, kMaxStep, p.axes[a].dilation);
+    }
   }
   return status;
 }

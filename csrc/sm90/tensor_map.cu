@@ -57,11 +57,10 @@ Status encode(const TensorView& view, Layout layout, CUtensorMap& map) {
   return {};
 }
 
-// How many of `extent` tokens, `step` apart, one copy can take: it spans at most 256 and steps at most 8.
+// How many of `extent` tokens, `step` apart, one copy can take: it spans at most 256.
 int part_of(int extent, int step) {
-  constexpr int kMaxSpan = 256, kMaxStep = 8;
-  int part = step > kMaxStep ? 1 : extent;
-  while (part > 1 && part * step > kMaxSpan) {
+  int part = extent;
+  while (part * step > 256) {
     part /= 2;
   }
   return part;
@@ -99,7 +98,7 @@ Status encode(const TensorView& view, const GridBox& box, TensorMap<PerAxis<int>
     map.part[axis] = part_of(box.extent[axis], box.step[axis]);
     layout.extent[i] = static_cast<cuuint64_t>(box.length[axis]);
     layout.stride[i - 1] = stride;
-    layout.step[i] = map.part[axis] == 1 ? 1 : static_cast<cuuint32_t>(box.step[axis]);
+    layout.step[i] = static_cast<cuuint32_t>(box.step[axis]);
     layout.box[i] = static_cast<cuuint32_t>(map.part[axis]) * layout.step[i];
     stride *= layout.extent[i];
   }

@@ -81,7 +81,8 @@ def neighborhood_attention(
         stride: so many neighboring queries share the window of one of them, the middle one or, along a causal axis, the
             last; at most the window. ``stride = window`` makes blocks that see themselves; a stride of the tiles'
             extents saves masks.
-        dilation: positions are counted among the tokens whose coordinates leave the same remainder on division by this.
+        dilation: positions are counted among the tokens whose coordinates leave the same remainder on division by this;
+            at most 8 on a GPU.
         causal: hide what comes after the query along an axis.
             The four take one value for all axes or a sequence with one for each, outermost first.
         scale: multiplies the scores, finite and positive; ``1 / sqrt(head_dim)`` if None.
