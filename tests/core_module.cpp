@@ -8,7 +8,7 @@
 #include <tuple>
 #include <vector>
 
-#include "fastattn/operand/element.hpp"
+#include "fastattn/operand/low_bit.hpp"
 #include "fastattn/schedule/band.hpp"
 
 namespace nb = nanobind;
@@ -30,7 +30,7 @@ std::vector<std::tuple<int, int, bool>> runs_of(const Schedule& schedule, int q_
 template <class Element>
 void bind_element(nb::module_& m, const char* to_bits, const char* to_value) {
   m.def(to_bits, [](float x) { return from_float<Element>(x).bits; });
-  m.def(to_value, [](std::uint16_t bits) { return to_float(Element{bits}); });
+  m.def(to_value, [](decltype(Element::bits) bits) { return to_float(Element{bits}); });
 }
 
 }  // namespace
@@ -52,4 +52,5 @@ NB_MODULE(fastattn_core, m) {
   bind_neighborhood(m);
   bind_element<BFloat16>(m, "bfloat16_bits", "bfloat16_value");
   bind_element<Float16>(m, "float16_bits", "float16_value");
+  bind_element<Float8E4M3>(m, "float8_bits", "float8_value");
 }

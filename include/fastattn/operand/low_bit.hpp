@@ -1,0 +1,61 @@
+// Element types of 8 and 4 bits: what they hold, and how a float is rounded to them (to nearest, ties to even).
+#pragma once
+
+#include "fastattn/operand/element.hpp"
+
+namespace fastattn {
+
+enum class TokenFormat : std::uint8_t { kInt8, kInt4, kFloat8 };
+
+// Integers leave out their most negative value: what can be held is symmetric.
+struct Int8 {
+  static constexpr float kLargest = 127.f;
+  static constexpr int kBits = 8;
+};
+
+struct Int4 {
+  static constexpr float kLargest = 7.f;
+  static constexpr int kBits = 4;
+};
+
+// OCP's E4M3, torch's float8_e4m3fn: no infinities; 0x7f and 0xff are NaN. What is too large becomes the largest value,
+// as a GPU's conversion has it.
+struct Float8E4M3 {
+  static constexpr float kLargest = 448.f;
+  static constexpr int kBits = 8;
+  std::uint8_t bits;
+};
+
+constexpr int bits_of(TokenFormat format) { return format == TokenFormat::kInt4 ? Int4::kBits : Int8::kBits; }
+
+FASTATTN_HD constexpr float to_float(Float8E4M3 x) {
+  const std::uint32_t sign = (x.bits & 0x80u) << 24, magnitude = x.bits & 0x7fu;
+  if (magnitude == 0x7fu) {
+    return std::bit_cast<float>(sign | 0x7fc00000u);
+  }
+  // As of Float16: off by 2^120 with the exponent field in place, subnormals included.
+  const float scaled = std::bit_cast<float>(magnitude << 20) * 0x1p120f;
+  return std::bit_cast<float>(sign | std::bit_cast<std::uint32_t>(scaled));
+}
+
+template <>
+FASTATTN_HD constexpr Float8E4M3 from_float<Float8E4M3>(float x) {
+  const std::uint32_t bits = std::bit_cast<std::uint32_t>(x);
+  const std::uint32_t sign = (bits >> 24) & 0x80u;
+  const std::uint32_t magnitude = bits & 0x7fffffffu;
+  // Both roundings are computed, so that a loop over elements has no branch. Subnormal: adding 2^14 leaves the rounded
+  // value in the low bits. Normal: the last bit kept breaks the tie.
+  const float shifted = std::bit_cast<float>(min_of(magnitude, 0x3f800000u)) + 0x1p14f;
+  const std::uint32_t subnormal = std::bit_cast<std::uint32_t>(shifted) - 0x46800000u;
+  const std::uint32_t held = magnitude > 0x7f800000u ? 0x43f00000u : min_of(magnitude, 0x43e00000u);  // NaN, 448
+  const std::uint32_t normal = (held + 0x7ffffu + ((held >> 20) & 1u) - 0x3c000000u) >> 20;
+  return {static_cast<std::uint8_t>(sign | (magnitude < 0x3c800000u ? subnormal : normal))};
+}
+
+// The integer nearest to x · y, ties to even, rounded once; for results within ±2^22.
+FASTATTN_HD int round_product(float x, float y) {
+  constexpr float kShift = 0x1.8p23f;  // floats of its size are the integers
+  return std::bit_cast<int>(fused_multiply_add(x, y, kShift)) - std::bit_cast<int>(kShift);
+}
+
+}  // namespace fastattn
