@@ -34,6 +34,11 @@ class Op:
     """Keeps what `backward` needs."""
     backward: Callable[..., Any] | None = None
     """Gradients of the tensor parameters; None: a call to differentiate the op is an error."""
+    why_no_gradient: str = (
+        "double backward is not supported. Call backward() without create_graph=True, or use "
+        "torch.nn.functional.scaled_dot_product_attention with its math backend."
+    )
+    """Without `backward`: what that error says."""
     autocast: int = 0
     """Under autocast, so many of the first tensors are cast to autocast's dtype."""
 
@@ -43,7 +48,7 @@ def register(op: Op) -> None:
     _library.define(f"{op.name}{op.schema}", tags=(torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag))
     torch.library.register_fake(name, op.fake, lib=_library)
     torch.library.register_autograd(
-        name, op.backward or _refuse_gradient(op.name), setup_context=op.setup_context, lib=_library
+        name, op.backward or _refuse_gradient(op), setup_context=op.setup_context, lib=_library
     )
     packet = getattr(getattr(torch.ops, NAMESPACE), op.name)
     torch.library.register_vmap(name, _merge_into_batch(op.name, packet), lib=_library)
@@ -54,12 +59,9 @@ def register(op: Op) -> None:
     OPS[op.name] = op
 
 
-def _refuse_gradient(name: str) -> Callable[..., Any]:
+def _refuse_gradient(op: Op) -> Callable[..., Any]:
     def backward(ctx: Any, *gradients: Any) -> Any:
-        raise NotImplementedError(
-            f"fastattn::{name} has no gradient: double backward is not supported. Call backward() without "
-            "create_graph=True, or use torch.nn.functional.scaled_dot_product_attention with its math backend."
-        )
+        raise NotImplementedError(f"fastattn::{op.name} has no gradient: {op.why_no_gradient}")
 
     return backward
 
@@ -67,8 +69,8 @@ def _refuse_gradient(name: str) -> Callable[..., Any]:
 def _merge_into_batch(name: str, packet: Any) -> Callable[..., Any]:
     """vmap: a tensor of an op has its batch in front, so the new dimension becomes a part of that.
 
-    A vector, such as a bias for each head, has no batch: it is the same for all, and cannot be mapped. A block list,
-    which is all that is not floating-point, may share one batch entry: it is repeated.
+    A vector, such as a bias for each head, has no batch: it is the same for all, and cannot be mapped. Block
+    lists and permutations, which are all that is not floating-point, may share one batch entry: it is repeated.
     """
 
     def rule(info: Any, in_dims: tuple[int | None, ...], *tensors: Any, **options: Any) -> Any:
