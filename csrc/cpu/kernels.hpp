@@ -44,6 +44,11 @@ extern const NeighborhoodAttentionKernels kNeighborhoodAttentionAvx2, kNeighborh
 using SigmoidAttentionKernels = Kernels<SigmoidAttention, SigmoidAttentionBackward>;
 extern const SigmoidAttentionKernels kSigmoidAttentionAvx2, kSigmoidAttentionAvx512;
 
+struct QuantizeTokensKernels {
+  void (*run)(const QuantizeTokens& problem, const Threads& threads);
+};
+extern const QuantizeTokensKernels kQuantizeTokensAvx2, kQuantizeTokensAvx512;
+
 // The table for this machine; null where it lacks AVX2.
 template <class Table>
 const Table* best_of(const Table& avx2, const Table& avx512) {

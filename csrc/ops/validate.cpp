@@ -31,6 +31,28 @@ struct Named {
   const TensorView& view;
 };
 
+Status check_dtype(const char* op, Named tensor) {
+  const DType dtype = tensor.view.dtype;
+  if (dtype != DType::kFloat32 && dtype != DType::kFloat16 && dtype != DType::kBFloat16) {
+    return failure("%s: %s must be float32, float16 or bfloat16, got %s", op, tensor.name, name_of(dtype));
+  }
+  return {};
+}
+
+Status check_head_dim(const char* op, const TensorView& view) {
+  if (view.head_dim() < kHeadDimStep || view.head_dim() > kMaxHeadDim || view.head_dim() % kHeadDimStep != 0) {
+    return failure("%s: head_dim must be a multiple of 8 between 8 and 256, got %lld", op, Long{view.head_dim()});
+  }
+  return {};
+}
+
+Status check_seq(const char* op, Named tensor) {
+  if (tensor.view.seq() > kMaxSeq) {
+    return failure("%s: %s must be shorter than 2^30, got %lld", op, tensor.name, Long{tensor.view.seq()});
+  }
+  return {};
+}
+
 Status check_layout(const char* op, Named tensor, DType dtype) {
   const TensorView& view = tensor.view;
   for (int axis = 0; axis < 4; ++axis) {
@@ -81,16 +103,16 @@ template <class Problem>
 Status check_inputs(const char* op, const Problem& problem) {
   const TensorView &q = problem.q, &k = problem.k, &v = problem.v;
   const DType dtype = q.dtype;
-  if (dtype != DType::kFloat32 && dtype != DType::kFloat16 && dtype != DType::kBFloat16) {
-    return failure("%s: q must be float32, float16 or bfloat16, got %s", op, name_of(dtype));
+  if (Status status = check_dtype(op, {"q", q}); !status.ok()) {
+    return status;
   }
   for (const Named tensor : {Named{"q", q}, Named{"k", k}, Named{"v", v}}) {
     if (Status status = check_layout(op, tensor, dtype); !status.ok()) {
       return status;
     }
   }
-  if (q.head_dim() < kHeadDimStep || q.head_dim() > kMaxHeadDim || q.head_dim() % kHeadDimStep != 0) {
-    return failure("%s: head_dim must be a multiple of 8 between 8 and 256, got %lld", op, Long{q.head_dim()});
+  if (Status status = check_head_dim(op, q); !status.ok()) {
+    return status;
   }
   if (k.head_dim() != q.head_dim()) {
     return failure("%s: k must have the head_dim of q, %lld, got %lld", op, Long{q.head_dim()}, Long{k.head_dim()});
@@ -103,8 +125,8 @@ Status check_inputs(const char* op, const Problem& problem) {
                    Long{k.heads()});
   }
   for (const Named tensor : {Named{"q", q}, Named{"k", k}}) {
-    if (tensor.view.seq() > kMaxSeq) {
-      return failure("%s: %s must be shorter than 2^30, got %lld", op, tensor.name, Long{tensor.view.seq()});
+    if (Status status = check_seq(op, tensor); !status.ok()) {
+      return status;
     }
   }
   if (Status status = check_shape(op, {"v", v}, {"k", k}); !status.ok()) {
@@ -280,6 +302,21 @@ Status check_sigmoid(const char* op, const SigmoidAttention& problem) {
              : failure("%s: bias must be finite, got %g", op, static_cast<double>(problem.bias));
 }
 
+Status check_group(const char* op, const QuantizeTokens& problem) {
+  if (problem.transpose) {
+    return problem.group == kAllTokens
+               ? Status{}
+               : failure("%s: with transpose a scale is of all tokens and group must be left out, got %lld", op,
+                         Long{problem.group});
+  }
+  for (const std::int64_t group : kTokenGroups) {
+    if (problem.group == group) {
+      return {};
+    }
+  }
+  return failure("%s: group must be 1, 8, 16 or 32, got %lld", op, Long{problem.group});
+}
+
 }  // namespace
 
 Status failure(const char* format, ...) {
@@ -353,6 +390,26 @@ Status validate(const SigmoidAttentionBackward& problem) {
   const char* op = "sigmoid_attention_backward";
   const Status status = check_sigmoid(op, problem.forward);
   return status.ok() ? check_gradients(op, problem) : status;
+}
+
+Status validate(const QuantizeTokens& problem) {
+  const char* op = "quantize_tokens";
+  const Named x{"x", problem.x};
+  for (const Status& status : {check_dtype(op, x), check_layout(op, x, problem.x.dtype), check_head_dim(op, problem.x),
+                               check_seq(op, x), check_group(op, problem)}) {
+    if (!status.ok()) {
+      return status;
+    }
+  }
+  const auto& [order, batch, heads] = problem.permutation;
+  if (order != nullptr && ((batch != 1 && batch != problem.x.batch()) || (heads != 1 && heads != problem.x.heads()))) {
+    return failure("%s: permutation must be of 1 or %lld batch entries and 1 or %lld heads, got %lld and %lld", op,
+                   Long{problem.x.batch()}, Long{problem.x.heads()}, Long{batch}, Long{heads});
+  }
+  if (problem.x.size() > 0 && (problem.values == nullptr || problem.scales == nullptr)) {
+    return failure("%s: %s has no data", op, problem.values == nullptr ? "values" : "scales");
+  }
+  return {};
 }
 
 }  // namespace fastattn

@@ -114,7 +114,8 @@ class Workspace {
 template <class Place>
 class Call {
  public:
-  Call(const char* op, const Tensor& q) : op_(op), device_(q.device()) {}
+  // `first` is the tensor whose device decides, `name` its name.
+  Call(const char* op, const Tensor& first, const char* name = "q") : op_(op), first_(name), device_(first.device()) {}
 
   Tensor input(const char* name, const Tensor& tensor) const {
     check(name, tensor);
@@ -165,11 +166,11 @@ class Call {
   }
 
   void check_device(const char* name, const Tensor& tensor) const {
-    require(tensor.device() == device_, op_, ": ", name, " must be on the device of q, ", name_of(device_), ", got ",
-            name_of(tensor.device()));
+    require(tensor.device() == device_, op_, ": ", name, " must be on the device of ", first_, ", ", name_of(device_),
+            ", got ", name_of(tensor.device()));
   }
 
-  const char* op_;
+  const char *op_, *first_;
   torch::stable::Device device_;
 };
 

@@ -7,6 +7,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "fastattn/operand/low_bit.hpp"
 #include "fastattn/schedule/block_list.hpp"
 #include "fastattn/schedule/neighborhood.hpp"
 #include "fastattn/tensor_view.hpp"
@@ -172,5 +173,43 @@ std::size_t sigmoid_attention_backward_workspace(const SigmoidAttentionBackward&
 std::size_t sigmoid_attention_backward_workspace(const SigmoidAttentionBackward& problem, Stream stream);
 Status sigmoid_attention_backward(const SigmoidAttentionBackward& problem, const Threads& threads);
 Status sigmoid_attention_backward(const SigmoidAttentionBackward& problem, Stream stream);
+
+// quantize_tokens: tokens in 8 or 4 bits with float scales, x ≈ scale · value (+ mean).
+
+// Tokens that share a scale: each by itself, or every fourth pair of tokens in 32, 64 or 128 (see `group_of`).
+inline constexpr std::int64_t kTokenGroups[] = {1, 8, 16, 32};
+inline constexpr std::int64_t kAllTokens = 0;  // the group of transposed tokens
+
+// The group that a token is in: in each run of 4 · group tokens four groups take turns at pairs of tokens, as the four
+// threads of a quad do at the columns of a WGMMA accumulator.
+FASTATTN_HD constexpr std::int64_t group_of(std::int64_t token, std::int64_t group) {
+  return group == 1 ? token : token / (4 * group) * 4 + token % 8 / 2;
+}
+constexpr std::int64_t num_groups(std::int64_t tokens, std::int64_t group) {
+  return group == 1 ? tokens : ceil_div(tokens, 4 * group) * 4;
+}
+
+// The length of a row of transposed tokens: whole steps of WGMMA's contraction, and whole units of TMA at 4 bits too.
+constexpr std::int64_t padded_tokens(std::int64_t tokens) { return ceil_div(tokens, std::int64_t{32}) * 32; }
+
+// The order in which tokens leave: token i is token order[i] of x. [batch or 1, heads or 1, tokens]
+struct Permutation {
+  const std::int32_t* order = nullptr;  // null: as they are
+  std::int64_t batch = 1, heads = 1;
+};
+
+struct QuantizeTokens {
+  TensorView x;  // [batch, tokens, heads, head_dim]
+  TokenFormat format = TokenFormat::kInt8;
+  void* values = nullptr;   // [batch, tokens, heads, head_dim], contiguous; two in a byte at 4 bits, the first one low
+  float* scales = nullptr;  // [batch, heads, num_groups(tokens, group)]
+  float* mean = nullptr;    // [batch, heads, head_dim]: of the tokens, subtracted from them; null: it is not
+  std::int64_t group = 1;   // one of kTokenGroups
+  bool transpose = false;  // values [batch, heads, head_dim, padded_tokens(tokens)], scales like mean, group kAllTokens
+  Permutation permutation;  // an entry that names no token gives zeros
+};
+
+Status quantize_tokens(const QuantizeTokens& problem, const Threads& threads);
+Status quantize_tokens(const QuantizeTokens& problem, Stream stream);
 
 }  // namespace fastattn

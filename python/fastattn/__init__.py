@@ -12,6 +12,7 @@ from .block_sparse_attention import block_sparse_attention
 from .merge_attention import merge_attention
 from .neighborhood_attention import neighborhood_attention
 from .plan import plan
+from .quantize_tokens import QuantizedTokens, quantize_tokens
 from .sigmoid_attention import sigmoid_attention
 
 _library.load()
@@ -19,11 +20,13 @@ __version__ = _version("fastattn")
 
 __all__ = [
     "BlockList",
+    "QuantizedTokens",
     "__version__",
     "attention",
     "block_sparse_attention",
     "merge_attention",
     "neighborhood_attention",
     "plan",
+    "quantize_tokens",
     "sigmoid_attention",
 ]

@@ -5,6 +5,7 @@ Written for float64 and for comparison. Nothing here shares code with the kernel
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -168,3 +169,43 @@ def masked_sigmoid_attention(
     v = v.repeat_interleave(group, dim=2)
     weights = torch.sigmoid(scale * torch.einsum("bqhd,bkhd->bhqk", q, k) + bias).masked_fill(~keep, 0)
     return torch.einsum("bhqk,bkhd->bqhd", weights, v)
+
+
+def quantize_tokens(
+    x: Tensor,
+    *,
+    format: str = "int8",
+    group: int | None = None,
+    smooth: bool = False,
+    transpose: bool = False,
+    permutation: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Values and their scales, both ``[batch, tokens, heads, head_dim]``, and the mean ``[batch, heads, head_dim]``.
+
+    The values are numbers, and in the order of x whatever the layout: ``x = values * scales + mean`` but for rounding.
+    """
+    mean = x.mean(1) if smooth else x.new_zeros(x.shape[0], *x.shape[2:])
+    x = x - mean[:, None]
+    if permutation is not None:
+        order = permutation.expand(x.shape[0], x.shape[2], -1).transpose(1, 2)[..., None].expand_as(x)
+        names_a_token = (order >= 0) & (order < x.shape[1])
+        x = torch.where(names_a_token, x.gather(1, order.long() * names_a_token), 0)
+    tokens = range(x.shape[1])
+    groups: list[tuple[Any, Any]]  # the tokens and the channels of each
+    if transpose:
+        groups = [(slice(None), channel) for channel in range(x.shape[3])]
+    elif group is None or group == 1:
+        groups = [([token], slice(None)) for token in tokens]
+    else:
+        names = [(token // (4 * group), token % 8 // 2) for token in tokens]
+        groups = [([t for t in tokens if names[t] == name], slice(None)) for name in set(names)]
+    scales = torch.zeros_like(x)
+    for head in range(x.shape[2]):
+        for batch in range(x.shape[0]):
+            of_head, of_x = scales[batch, :, head], x[batch, :, head]
+            for members in groups:
+                largest = of_x[members].abs().amax() if of_x.numel() else 0
+                of_head[members] = largest / {"int8": 127, "int4": 7, "fp8": 448}[format]
+    values = torch.where(scales == 0, 0, x / scales)
+    values = values.to(torch.float8_e4m3fn).to(x.dtype) if format == "fp8" else values.round()
+    return values, scales, mean

@@ -1,0 +1,24 @@
+// quantize_tokens on the CPU: checks, then the kernels of the best instruction set this machine has.
+#include "cpu/kernels.hpp"
+#include "fastattn/fastattn.hpp"
+#include "validate.hpp"
+
+namespace fastattn {
+
+Status quantize_tokens(const QuantizeTokens& problem, const Threads& threads) {
+  if (Status status = validate(problem); !status.ok()) {
+    return status;
+  }
+  const auto* kernels = cpu::best_of(cpu::kQuantizeTokensAvx2, cpu::kQuantizeTokensAvx512);
+  if (kernels == nullptr) {
+    return no_cpu_kernels("quantize_tokens");
+  }
+  kernels->run(problem, threads);
+  return {};
+}
+
+Status quantize_tokens(const QuantizeTokens&, Stream) {
+  return failure("quantize_tokens: x must be on the CPU: there is no GPU kernel of this op yet");
+}
+
+}  // namespace fastattn
