@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .block_list import BlockList
+from ..block_list import BlockList
 
 
 def band_mask(
