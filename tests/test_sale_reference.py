@@ -19,6 +19,7 @@ from fastattn.reference.sale import (
     estimated_scores,
     kept_blocks,
     l1_error,
+    sale_attention,
 )
 from structured import Structured
 
@@ -156,6 +157,19 @@ def test_exact_estimate_keeps_every_weight_of_at_least_the_threshold() -> None:
         assert heavy.any()
         batch, head, i, j = heavy.nonzero().unbind(-1)
         assert kept_blocks(blocks, threshold)[batch, head, i // 64, j // 64].all()
+
+
+def test_attention_sees_the_tokens_of_kept_blocks() -> None:
+    q, k = normal(200, 300)
+    v = torch.randn_like(k)
+    mask = estimate_blocks(q, k, 0.3, block_size=SIZE, scale=0.2)
+    query, key = torch.arange(200)[:, None] // 64, torch.arange(300) // 64
+    keep = mask[:, :, query, key] & reference.band_mask(200, 300, causal=True)
+    results = sale_attention(q, k, v, 0.3, block_size=SIZE, scale=0.2)
+    for result, expected in zip(results, reference.masked_attention(q, k, v, keep, scale=0.2), strict=True):
+        assert torch.equal(result, expected)
+    for result, expected in zip(sale_attention(q, k, v, 0), reference.attention(q, k, v, causal=True), strict=True):
+        assert torch.equal(result, expected)
 
 
 # On structured inputs.

@@ -96,6 +96,22 @@ def estimate_blocks(q: Tensor, k: Tensor, threshold: float | Tensor, **options: 
     return kept_blocks(block_scores(q, k, **options), threshold)
 
 
+def sale_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    threshold: float | Tensor,
+    *,
+    block_size: tuple[int, int] = (128, 128),
+    causal: bool = True,
+    scale: float | None = None,
+    **options: Any,
+) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp of attention on the blocks that SALE keeps, itself exact; options of ``block_scores``."""
+    scores = block_scores(q, k, block_size=block_size, causal=causal, scale=scale, **options)
+    return _attention_on(kept_blocks(scores, threshold), q, k, v, block_size, causal, scale)
+
+
 def calibrate_sale(
     samples: Iterable[tuple[Tensor, Tensor, Tensor]],
     theta: float,
@@ -125,14 +141,7 @@ def calibrate_sale(
         scores = block_scores(q, k, block_size=block_size, causal=causal, scale=scale, **options)
         expected, _ = attention(q, k, v, causal=causal, scale=scale)
         while True:
-            blocks = BlockList.from_mask(
-                kept_blocks(scores, threshold),
-                seq_q=q.shape[1],
-                seq_k=k.shape[1],
-                block_size=block_size,
-                causal=causal,
-            )
-            out, _ = block_sparse_attention(q, k, v, blocks, scale=scale)
+            out, _ = _attention_on(kept_blocks(scores, threshold), q, k, v, block_size, causal, scale)
             wrong = (l1_error(out, expected).amax(0) >= theta) & (threshold > 0)
             if not wrong.any():
                 break
@@ -144,6 +153,13 @@ def calibrate_sale(
 def l1_error(out: Tensor, expected: Tensor) -> Tensor:
     """Σ |out - expected| / Σ |expected| of each head, over its tokens and channels: ``[batch, heads]``."""
     return (out - expected).abs().sum((1, 3)) / expected.abs().sum((1, 3))
+
+
+def _attention_on(
+    mask: Tensor, q: Tensor, k: Tensor, v: Tensor, block_size: tuple[int, int], causal: bool, scale: float | None
+) -> tuple[Tensor, Tensor]:
+    blocks = BlockList.from_mask(mask, seq_q=q.shape[1], seq_k=k.shape[1], block_size=block_size, causal=causal)
+    return block_sparse_attention(q, k, v, blocks, scale=scale)
 
 
 def _scores(q: Tensor, k: Tensor, scale: float) -> Tensor:
