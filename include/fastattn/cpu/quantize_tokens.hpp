@@ -153,7 +153,7 @@ void quantize_channels(const QuantizeTokens& p, std::int64_t b, std::int64_t h) 
   }
 }
 
-// Rows of channels: a tile of tokens, scaled by token.
+// A tile of tokens in rows of channels; a scale for each group of tokens.
 template <class Isa, class Format>
 void quantize_rows(const QuantizeTokens& p, const float* tile, std::int64_t b, std::int64_t h, std::int64_t first,
                    int count) {
@@ -179,7 +179,7 @@ void quantize_rows(const QuantizeTokens& p, const float* tile, std::int64_t b, s
   }
 }
 
-// Rows of tokens: the transposed tile, scaled by channel. `rows` has room for it.
+// A tile of tokens in rows of tokens, which have their channels' scales. `rows` is scratch for them.
 template <class Isa, class Format>
 void quantize_columns(const QuantizeTokens& p, const float* tile, float* rows, std::int64_t b, std::int64_t h,
                       std::int64_t first, int count) {
