@@ -131,19 +131,22 @@ def _backward_flops(
     return forward_flops(q, k, v, **options) * 5 // 2  # five matrix products instead of two
 
 
-def _forward_fake(q: Tensor, k: Tensor, v: Tensor, **_: Any) -> tuple[Tensor, Tensor]:
+# What other ops that return an output and a log-sum-exp share; `rest` is what their masks are made of.
+
+
+def forward_fake(q: Tensor, k: Tensor, v: Tensor, *rest: Tensor | None, **_: Any) -> tuple[Tensor, Tensor]:
     batch, seq_q, heads, _head_dim = q.shape
     return q.new_empty(q.shape), q.new_empty((batch, heads, seq_q), dtype=torch.float32)
 
 
-def _backward_fake(
-    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, **_: Any
+def backward_fake(
+    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *rest: Tensor | None, **_: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-def _setup_context(
-    ctx: Any, inputs: tuple[Tensor, ...], keyword_only_inputs: dict[str, Any], output: tuple[Tensor, ...]
+def save_inputs_and_outputs(
+    ctx: Any, inputs: tuple[Tensor | None, ...], keyword_only_inputs: dict[str, Any], output: tuple[Tensor, ...]
 ) -> None:
     ctx.save_for_backward(*inputs, *output)
     ctx.set_materialize_grads(False)
@@ -165,9 +168,9 @@ register(
     Op(
         name="attention",
         schema=f"(Tensor q, Tensor k, Tensor v, *, {_OPTIONS}) -> (Tensor out, Tensor lse)",
-        fake=_forward_fake,
+        fake=forward_fake,
         flops=forward_flops,
-        setup_context=_setup_context,
+        setup_context=save_inputs_and_outputs,
         backward=_backward,
         autocast=3,
     )
@@ -177,7 +180,7 @@ register(
         name="attention_backward",
         schema="(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, *, "
         f"{_OPTIONS}) -> (Tensor dq, Tensor dk, Tensor dv)",
-        fake=_backward_fake,
+        fake=backward_fake,
         flops=_backward_flops,
     )
 )

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 
 from ._ops import Op, register
-from .attention import kept_scores
+from .attention import backward_fake, forward_fake, kept_scores, save_inputs_and_outputs
 from .block_list import BlockList
 
 
@@ -152,25 +152,6 @@ def _backward_flops(
     return _forward_flops(q, k, v, counts, indices, full, **options) * 5 // 2
 
 
-def _forward_fake(q: Tensor, k: Tensor, v: Tensor, *blocks: Tensor | None, **_: Any) -> tuple[Tensor, Tensor]:
-    batch, seq_q, heads, _head_dim = q.shape
-    return q.new_empty(q.shape), q.new_empty((batch, heads, seq_q), dtype=torch.float32)
-
-
-def _backward_fake(
-    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *rest: Tensor | None, **_: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-
-
-def _setup_context(
-    ctx: Any, inputs: tuple[Tensor | None, ...], keyword_only_inputs: dict[str, Any], output: tuple[Tensor, ...]
-) -> None:
-    ctx.save_for_backward(*inputs, *output)
-    ctx.set_materialize_grads(False)
-    ctx.options = keyword_only_inputs
-
-
 def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
     if dout is None and dlse is None:
         return None, None, None, None, None, None
@@ -191,10 +172,10 @@ register(
         name="block_sparse_attention",
         schema="(Tensor q, Tensor k, Tensor v, Tensor counts, Tensor indices, Tensor? full=None, *, "
         f"{_OPTIONS}) -> (Tensor out, Tensor lse)",
-        fake=_forward_fake,
+        fake=forward_fake,
         flops=_forward_flops,
         flops_read_data=True,
-        setup_context=_setup_context,
+        setup_context=save_inputs_and_outputs,
         backward=_backward,
         autocast=3,
     )
@@ -206,7 +187,7 @@ register(
         "Tensor counts, Tensor indices, Tensor? full, "
         "Tensor column_counts, Tensor column_indices, Tensor? column_full, *, "
         f"{_OPTIONS}) -> (Tensor dq, Tensor dk, Tensor dv)",
-        fake=_backward_fake,
+        fake=backward_fake,
         flops=_backward_flops,
         flops_read_data=True,
     )

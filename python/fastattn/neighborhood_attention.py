@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ._ops import Op, register
-from .attention import attention
+from .attention import attention, backward_fake, save_inputs_and_outputs
 from .axes import WHOLE_AXIS, axis_options
 from .merge_attention import merge_attention
 
@@ -167,20 +167,6 @@ def _fake(q: Tensor, k: Tensor, v: Tensor, **_: Any) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape), q.new_empty((batch, heads, *axes), dtype=torch.float32)
 
 
-def _backward_fake(
-    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, **_: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-
-
-def _setup_context(
-    ctx: Any, inputs: tuple[Tensor, ...], keyword_only_inputs: dict[str, Any], output: tuple[Tensor, ...]
-) -> None:
-    ctx.save_for_backward(*inputs, *output)
-    ctx.set_materialize_grads(False)
-    ctx.options = keyword_only_inputs
-
-
 def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
     if dout is None and dlse is None:
         return None, None, None
@@ -200,7 +186,7 @@ register(
         schema=f"(Tensor q, Tensor k, Tensor v, *, {_OPTIONS}) -> (Tensor out, Tensor lse)",
         fake=_fake,
         flops=_flops,
-        setup_context=_setup_context,
+        setup_context=save_inputs_and_outputs,
         backward=_backward,
         autocast=3,
     )
@@ -210,7 +196,7 @@ register(
         name="neighborhood_attention_backward",
         schema="(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, *, "
         f"{_OPTIONS}) -> (Tensor dq, Tensor dk, Tensor dv)",
-        fake=_backward_fake,
+        fake=backward_fake,
         flops=_backward_flops,
     )
 )
