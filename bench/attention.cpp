@@ -18,7 +18,8 @@ class AttentionProblem final : public Problem {
             .out = out_.view(),
             .lse = lse(),
             .scale = scale_,
-            .window = window_};
+            .window = window_,
+            .workspace = forward_workspace()};
   }
 
   fastattn::AttentionBackward backward_problem() const {
@@ -76,6 +77,8 @@ const AddOp<BandCase, AttentionProblem> kOp{
         "b1_s200x333_h4_kv2_d64_causal",
         "b1_s257_h2_d64_window100",
         "b1_s130_h2_d128",
+        "b2_s200_h80_d64_causal",
+        "b2_s200_h80_d128_causal",
         "b1_s200x333_h4_kv2_d128_causal",
         "b1_s257_h2_d128_window100",
     },

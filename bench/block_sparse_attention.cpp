@@ -115,7 +115,8 @@ class BlockSparseAttentionProblem final : public Problem {
                                  .rows = rows_.rows(),
                                  .columns = columns_.rows()},
                        .batch = 1,
-                       .heads = static_cast<int>(shape_.heads)}};
+                       .heads = static_cast<int>(shape_.heads)},
+            .workspace = forward_workspace()};
   }
 
   fastattn::BlockSparseAttentionBackward backward_problem() const {

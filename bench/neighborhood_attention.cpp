@@ -110,7 +110,8 @@ class NeighborhoodAttentionProblem final : public Problem {
             .out = out_.view(),
             .lse = lse(),
             .scale = scale_,
-            .axes = axes_};
+            .axes = axes_,
+            .workspace = forward_workspace()};
   }
 
   fastattn::NeighborhoodAttentionBackward backward_problem() const {

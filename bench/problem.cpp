@@ -51,7 +51,8 @@ Problem::Problem(const Device& device, const Case& shape, fastattn::DType dtype,
       v_(device, dtype, shape.batch, shape.seq_k, shape.kv_heads, shape.head_dim),
       out_(device, dtype, shape.batch, shape.seq_q, shape.heads, shape.head_dim),
       case_(shape),
-      dtype_(dtype) {
+      dtype_(dtype),
+      forward_workspace_(device.allocate(fastattn::kForwardWorkspace)) {
   if (score == Score::kSoftmax) {
     lse_.emplace(device, fastattn::DType::kFloat32, shape.batch, shape.heads, shape.seq_q, 1);
   }

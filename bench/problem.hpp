@@ -53,6 +53,7 @@ class Problem {
   virtual fastattn::Status run_backward() const = 0;
   virtual std::size_t workspace_bytes() const = 0;
 
+  void* forward_workspace() const { return forward_workspace_.get(); }
   float* lse() const { return static_cast<float*>(lse_->view().data); }
 
   struct Gradients {
@@ -83,6 +84,7 @@ class Problem {
   const Case& case_;
   const fastattn::DType dtype_;
   std::mt19937 random_{1};
+  const std::shared_ptr<void> forward_workspace_;
   std::optional<Tensor> lse_;  // the softmax's, [batch, heads, seq_q, 1]
 };
 

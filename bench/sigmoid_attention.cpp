@@ -19,7 +19,8 @@ class SigmoidAttentionProblem final : public Problem {
             .scale = scale_,
             .window = window_,
             .bias = bias_,
-            .head_bias = nullptr};
+            .head_bias = nullptr,
+            .workspace = forward_workspace()};
   }
 
   fastattn::SigmoidAttentionBackward backward_problem() const {

@@ -1,14 +1,18 @@
 """What only a GPU shows: graphs, streams, sizes past 2³¹."""
 
+from functools import partial
+
 import pytest
 import torch
 
 import fastattn
 from cases import Case, assert_same, run
+from fastattn import BlockList
 
 pytestmark = pytest.mark.gpu
 
-CASE = Case(500, 700, heads=8, kv_heads=2, causal=True)
+# More tiles than an H100 has SMs: a thread block takes several.
+CASE = Case(500, 700, heads=64, kv_heads=16, causal=True)
 
 
 def attention(*tensors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -33,6 +37,46 @@ def test_graph_capture_and_replay() -> None:
         torch.cuda.synchronize()
         expected = run(attention, fresh, cotangents)
         assert_same(results, expected)
+
+
+def sparse(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Rows of blocks of every length, none of them included."""
+    blocks = BlockList.from_predicate(
+        lambda b, h, i, j: j * 7 % 5 < i % 6, seq_q=q.shape[1], seq_k=k.shape[1], block_size=(64, 128), device="cuda"
+    )
+    return fastattn.block_sparse_attention(q, k, v, blocks)
+
+
+def neighborhood(*tensors: torch.Tensor) -> torch.Tensor:
+    grids = (tensor.unflatten(1, (25, 30)) for tensor in tensors)
+    return fastattn.neighborhood_attention(*grids, window=(9, 12), causal=(True, False)).flatten(1, 2)
+
+
+OPS = {
+    "attention": partial(fastattn.attention, causal=True),
+    "sigmoid": partial(fastattn.sigmoid_attention, causal=True),
+    "sparse": sparse,
+    "neighborhood": neighborhood,
+}
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("op", OPS)
+def test_a_head_among_many_is_a_head_alone(op: str, head_dim: int) -> None:
+    """Thread blocks take several tiles each, on two streams at once, and mix up none."""
+    case = Case(750, 750, heads=48, kv_heads=48, head_dim=head_dim)
+    calls = [case.inputs("cuda", torch.bfloat16) for _ in range(2)]
+    streams = [torch.cuda.Stream() for _ in calls]
+    torch.cuda.synchronize()
+    outs = []
+    for stream, tensors in zip(streams, calls, strict=True):
+        with torch.cuda.stream(stream):
+            outs.append(OPS[op](*tensors))
+    torch.cuda.synchronize()
+    for out, tensors in zip(outs, calls, strict=True):
+        for batch, head in ((0, 0), (0, 31), (1, 5), (1, 47)):
+            alone = OPS[op](*(t[batch : batch + 1, :, head : head + 1] for t in tensors))
+            assert torch.equal(out[batch : batch + 1, :, head : head + 1], alone)
 
 
 def test_side_stream_is_honoured() -> None:

@@ -28,8 +28,8 @@ Sigmoid score_of(const SigmoidAttention& p) { return {p.scale * kLog2E, p.bias *
 
 Status sigmoid_attention(const SigmoidAttention& p, Stream stream) {
   return sm90::run_if_valid("sigmoid_attention", p, p.q.dtype, [&]<class Element>() {
-    return sm90::run_forward<SigmoidBand<Element>>("sigmoid_attention",
-                                                   {p.q, p.k, p.v, p.out, band_of(p), score_of(p), nullptr}, stream);
+    return sm90::run_forward<SigmoidBand<Element>>(
+        "sigmoid_attention", {p.q, p.k, p.v, p.out, band_of(p), score_of(p), nullptr, p.workspace}, stream);
   });
 }
 

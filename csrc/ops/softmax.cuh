@@ -19,7 +19,8 @@ struct SoftmaxOver {
 // `p` is a problem like Attention, judged before.
 template <class Variant, class Problem>
 Status softmax_forward(const char* op, const Problem& p, const typename Variant::Schedule& schedule, Stream stream) {
-  return sm90::run_forward<Variant>(op, {p.q, p.k, p.v, p.out, schedule, {p.scale * kLog2E}, p.lse}, stream);
+  return sm90::run_forward<Variant>(op, {p.q, p.k, p.v, p.out, schedule, {p.scale * kLog2E}, p.lse, p.workspace},
+                                    stream);
 }
 
 // `problem` is one like AttentionBackward, judged before.

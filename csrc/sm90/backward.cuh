@@ -75,8 +75,8 @@ struct BackwardKernel {
     ScoreTile dscores[kStages];  // at least two: one barrier an iteration separates writers from readers
     float lse2[kStages][kTile.q], delta[kStages][kTile.q];
     Barrier kv_full;
-    AnnouncingRing<kStages> q_ring;  // with lse2
-    Ring<kStages> dout_ring;         // with delta
+    Ring<kStages, Announcement> q_ring;  // with lse2
+    Ring<kStages> dout_ring;             // with delta
   };
 
   struct Work {
@@ -105,7 +105,7 @@ struct BackwardKernel {
     const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / kWarpgroupThreads, 0);
     if (warpgroup == 0) {
       cutlass::arch::warpgroup_reg_dealloc<kConfig.producer_registers()>();
-      if (threadIdx.x == 0) {
+      if (__shfl_sync(0xffffffffu, threadIdx.x / 32, 0) == 0) {
         produce(params, shared, work);
       }
     } else {
@@ -115,11 +115,13 @@ struct BackwardKernel {
   }
 
   static __device__ void produce(const Params& params, Shared& shared, Work work) {
-    shared.kv_full.arrive_and_expect_tx(2 * KeyTile::kBytes);
     const auto place = params.schedule.at(work.batch, 0);  // the same for every head
     const auto key_origin = place.key_origin(work.k_tile, kTile);
-    params.k.load(shared.k, key_origin, work.kv_head, work.batch, shared.kv_full);
-    params.v.load(shared.v, key_origin, work.kv_head, work.batch, shared.kv_full);
+    if (cute::elect_one_sync()) {
+      shared.kv_full.arrive_and_expect_tx(2 * KeyTile::kBytes);
+      params.k.load(shared.k, key_origin, work.kv_head, work.batch, shared.kv_full);
+      params.v.load(shared.v, key_origin, work.kv_head, work.batch, shared.kv_full);
+    }
     constexpr int kRowBytes = Score::kRowStatistics ? kTile.q * sizeof(float) : 0;
     Position at;
     announce(
@@ -134,21 +136,23 @@ struct BackwardKernel {
         },
         [&](Announcement run) {
           if (run.count == 0) {
-            shared.q_ring.begin_fill(at, 0, run);
+            shared.q_ring.fill(at, 0, run, [](Barrier&) {});
           }
           for (int q_tile = run.first; q_tile < run.first + run.count; ++q_tile) {
             const std::int64_t tile = (std::int64_t{work.batch} * params.heads + run.head) * params.q_tiles + q_tile;
             const auto origin = place.query_origin(q_tile, kTile);
-            Barrier& q_full = shared.q_ring.begin_fill(at, QueryTile::kBytes + kRowBytes, run);
-            params.q.load(shared.q[at.stage], origin, run.head, work.batch, q_full);
-            if constexpr (Score::kRowStatistics) {
-              load_bytes(shared.lse2[at.stage], params.workspace.lse2 + tile * kTile.q, kRowBytes, q_full);
-            }
-            Barrier& dout_full = shared.dout_ring.begin_fill(at, QueryTile::kBytes + kRowBytes);
-            params.dout.load(shared.dout[at.stage], origin, run.head, work.batch, dout_full);
-            if constexpr (Score::kRowStatistics) {
-              load_bytes(shared.delta[at.stage], params.workspace.delta + tile * kTile.q, kRowBytes, dout_full);
-            }
+            shared.q_ring.fill(at, QueryTile::kBytes + kRowBytes, run, [&](Barrier& full) {
+              params.q.load(shared.q[at.stage], origin, run.head, work.batch, full);
+              if constexpr (Score::kRowStatistics) {
+                load_bytes(shared.lse2[at.stage], params.workspace.lse2 + tile * kTile.q, kRowBytes, full);
+              }
+            });
+            shared.dout_ring.fill(at, QueryTile::kBytes + kRowBytes, {}, [&](Barrier& full) {
+              params.dout.load(shared.dout[at.stage], origin, run.head, work.batch, full);
+              if constexpr (Score::kRowStatistics) {
+                load_bytes(shared.delta[at.stage], params.workspace.delta + tile * kTile.q, kRowBytes, full);
+              }
+            });
             at.advance();
           }
         });
@@ -271,7 +275,7 @@ struct BackwardKernel {
       position.advance();
     };
     do {
-      run = shared.q_ring.next_run(position);
+      run = shared.q_ring.next(position);
       score = params.score.at(run.head);
       for_each_tile(run, step);
     } while (!run.last);

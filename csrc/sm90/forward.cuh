@@ -1,7 +1,10 @@
-// The forward kernel: one thread block computes the output of one query tile of one head.
+// The forward kernel: a thread block computes the output of one query tile of a head after the other.
 //
-//   producer warp       for each key tile of the schedule: load K, load V                      (bulk copies into rings)
-//   consumer warpgroup  for each key tile: S = Q Kᵀ · score policy · O += P V                  (64 query rows each)
+//   producer warp       take a query tile, load Q; for each key tile of the schedule: load K, load V      (into rings)
+//   consumer warpgroup  for each key tile: S = Q Kᵀ · score policy · O += P V; store O             (64 query rows each)
+//
+// The rings run on from one query tile to the next, whose first loads thus hide under the last products of the one
+// before and under the store of its output.
 //
 // S of the next tile is issued before P V of the last one, so the score policy runs under a product of its own
 // warpgroup; warpgroups take turns at issuing, so it runs under the others' products as well (FlashAttention-3, arXiv
@@ -32,6 +35,7 @@ struct ForwardParams {
   typename Variant::Score score;        // of all heads
   typename Variant::Epilogue epilogue;
   int heads, heads_per_kv_head, q_tiles;
+  WorkQueue works;  // query tiles of all heads
 };
 
 template <class Variant, int kIndex>
@@ -40,203 +44,41 @@ struct ForwardKernel {
   static constexpr TileShape kTile = kConfig.tile;
   static constexpr int kHeadDim = kConfig.head_dim;
   static constexpr int kStages = kConfig.stages;
+  static constexpr int kQueryStages = 2;  // one in use, one on its way
   static constexpr int kWarpgroups = kConfig.warpgroups;
   static_assert(kTile.q == kWarpgroups * kWarpgroupRows);
 
   using Element = typename Variant::Element;
   using Score = typename Variant::Score;
   using Params = ForwardParams<Variant>;
-  using Position = RingPosition<kStages>;
   using QueryTile = SharedTile<Element, kTile.q, kHeadDim>;
   using KeyTile = SharedTile<Element, kTile.k, kHeadDim>;
 
+  // Which query tile of which head. The last tile of a head goes first: under a causal mask it has the most keys, and
+  // the short ones then fill the gaps at the end.
+  struct alignas(16) Work {
+    int q_tile, head, batch;
+    bool exists;
+
+    static __device__ Work at(const Params& params, int index) {
+      const int row = index / params.q_tiles;
+      return {params.q_tiles - 1 - index % params.q_tiles, row % params.heads, row / params.heads,
+              index < params.works.count};
+    }
+  };
+
   struct Shared {
-    QueryTile q;  // and, once a warpgroup is done with its queries, its rows of the output
+    QueryTile q[kQueryStages];  // and, once a warpgroup is done with its queries, its rows of the output
     KeyTile k[kStages], v[kStages];
-    Barrier q_full;
-    AnnouncingRing<kStages> k_ring;
+    Ring<kQueryStages, Work> q_ring;
+    Ring<kStages, Announcement> k_ring;
     Ring<kStages> v_ring;
   };
 
-  // Which query tile of which head this block computes. The last tile of a head goes first: under a causal mask it has
-  // the most keys, and the short ones then fill the gaps at the end.
-  struct Work {
-    int q_tile, head, batch;
-
-    __device__ explicit Work(const Params& params) {
-      const int row = static_cast<int>(blockIdx.x) / params.q_tiles;
-      q_tile = params.q_tiles - 1 - static_cast<int>(blockIdx.x) % params.q_tiles;
-      head = row % params.heads;
-      batch = row / params.heads;
-    }
+  struct Positions {
+    RingPosition<kQueryStages> q;
+    RingPosition<kStages> k, v;
   };
-
-  static __device__ void run(const Params& params) {
-    extern __shared__ std::byte shared_bytes[];
-    Shared& shared = *reinterpret_cast<Shared*>(shared_bytes);
-    if (threadIdx.x == 0) {
-      shared.q_full.init(1);
-      shared.k_ring.init(kWarpgroups);
-      shared.v_ring.init(kWarpgroups);
-      cutlass::arch::fence_barrier_init();
-    }
-    __syncthreads();
-
-    const Work work(params);
-    const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / kWarpgroupThreads, 0);
-    if (warpgroup == 0) {
-      cutlass::arch::warpgroup_reg_dealloc<kConfig.producer_registers()>();
-      if (threadIdx.x == 0) {
-        produce(params, shared, work);
-      }
-    } else {
-      cutlass::arch::warpgroup_reg_alloc<kConfig.consumer_registers()>();
-      consume(params, shared, work, warpgroup - 1);
-    }
-  }
-
-  static __device__ void produce(const Params& params, Shared& shared, Work work) {
-    const auto schedule = params.schedule.at(work.batch, work.head);
-    const int kv_head = work.head / params.heads_per_kv_head;
-    shared.q_full.arrive_and_expect_tx(QueryTile::kBytes);
-    params.q.load(shared.q, schedule.query_origin(work.q_tile, kTile), work.head, work.batch, shared.q_full);
-    Position k_at, v_at;
-    bool values_pending = false;  // values run one tile behind keys, as in the consumer
-    typename Params::Origin values_origin{};
-    const auto load_values = [&] {
-      if (values_pending) {
-        Barrier& full = shared.v_ring.begin_fill(v_at, KeyTile::kBytes);
-        params.v.load(shared.v[v_at.stage], values_origin, kv_head, work.batch, full);
-        v_at.advance();
-      }
-    };
-    announce(
-        [&](auto&& report) {
-          auto cursor = schedule.runs(work.q_tile, kTile);
-          for (TileRun run; cursor.next(run);) {
-            report(work.head, run);
-          }
-        },
-        [&](Announcement run) {
-          if (run.count == 0) {
-            shared.k_ring.begin_fill(k_at, 0, run);
-          }
-          for (int k_tile = run.first; k_tile < run.first + run.count; ++k_tile) {
-            const auto origin = schedule.key_origin(k_tile, kTile);  // found before there is a stage to wait for
-            Barrier& full = shared.k_ring.begin_fill(k_at, KeyTile::kBytes, run);
-            params.k.load(shared.k[k_at.stage], origin, kv_head, work.batch, full);
-            k_at.advance();
-            load_values();
-            values_pending = true;
-            values_origin = origin;
-          }
-        });
-    load_values();
-  }
-
-  static __device__ void consume(const Params& params, Shared& shared, Work work, int warpgroup) {
-    const int thread = threadIdx.x % kWarpgroupThreads;
-    const AccumulatorThread at(thread);
-    const Score score = params.score.at(work.head);
-    const auto schedule = params.schedule.at(work.batch, work.head);
-    const int first_row = warpgroup * kWarpgroupRows;
-
-    float out[kHeadDim / 2] = {};
-    float scores[kTile.k / 2];
-    std::uint32_t weights[kTile.k / 4];
-    typename Score::State state[2];
-    Position k_at, v_at;
-    Turns turns(warpgroup);
-
-    const auto issue_scores = [&] {
-      wgmma::pin(scores);
-      wgmma::fence();
-      wgmma::multiply<Element, kHeadDim>(shared.q.k_major(first_row), shared.k[k_at.stage].k_major(), scores, false);
-      wgmma::commit();
-    };
-    const auto issue_output = [&] {
-      wgmma::pin(out);
-      wgmma::pin(weights);
-      wgmma::fence();
-      wgmma::multiply<Element>(weights, shared.v[v_at.stage].mn_major(), out);
-      wgmma::commit();
-    };
-    const auto release = [&](auto& ring, Position& position) {
-      ring.release(position);
-      position.advance();
-    };
-    // Scores become weights; decay is what the output so far must be multiplied by.
-    float decay[2];
-    const auto absorb = [&](int k_tile, Coverage coverage) {
-      if (coverage == Coverage::kPartial) {
-        kept_bits(schedule.tile_mask(work.q_tile, k_tile, kTile), first_row, at).apply(scores, -kInfinity);
-      }
-      if constexpr (std::is_empty_v<typename Score::State>) {
-        score.absorb(state[0], AccumulatorRow<kTile.k / 2, 2>{scores});
-      } else {
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          decay[h] = score.absorb(state[h], AccumulatorRow<kTile.k / 2>{scores, h});
-        }
-      }
-    };
-
-    wait_for(shared.q_full, 0);
-    Announcement run = shared.k_ring.next_run(k_at);
-    if (run.count > 0) {
-      turns.wait();
-      issue_scores();
-      turns.pass();
-      wgmma::wait<0>();
-      wgmma::pin(scores);
-      release(shared.k_ring, k_at);
-      absorb(run.first, run.coverage);
-      pack<Element>(scores, weights);
-      ++run.first, --run.count;
-
-      const auto step = [&](int k_tile, auto coverage) {
-        shared.k_ring.wait(k_at);
-        turns.wait();
-        issue_scores();
-        shared.v_ring.wait(v_at);
-        issue_output();
-        turns.pass();
-        wgmma::wait<1>();
-        wgmma::pin(scores);
-        release(shared.k_ring, k_at);
-        absorb(k_tile, coverage());
-        wgmma::wait<0>();
-        wgmma::pin(out);
-        wgmma::pin(weights);
-        release(shared.v_ring, v_at);
-        pack<Element>(scores, weights);
-        if constexpr (Score::kRescales) {
-#pragma unroll
-          for (int i = 0; i < kHeadDim / 2; ++i) {
-            out[i] *= decay[i / 2 % 2];
-          }
-        }
-      };
-      for (;;) {
-        for_each_tile(run, step);
-        if (run.last) {
-          break;
-        }
-        run = shared.k_ring.next_run(k_at);
-      }
-
-      shared.v_ring.wait(v_at);
-      issue_output();
-      wgmma::wait<0>();
-      wgmma::pin(out);
-      wgmma::pin(weights);
-    }
-    turns.finish();
-
-    const RowResult rows[2] = {score.finish(state[0], sum_over_row), score.finish(state[1], sum_over_row)};
-    params.epilogue.store(out, rows, shared.q, warpgroup, work.batch, work.head,
-                          [&](int row) { return schedule.query_token(work.q_tile * kTile.q + first_row + row); });
-  }
 
   // The warpgroups' turns at the tensor cores: named barrier i is warpgroup i's permission.
   struct Turns {
@@ -259,6 +101,199 @@ struct ForwardKernel {
       }
     }
   };
+
+  static __device__ void run(const Params& params) {
+    extern __shared__ std::byte shared_bytes[];
+    Shared& shared = *reinterpret_cast<Shared*>(shared_bytes);
+    if (threadIdx.x == 0) {
+      shared.q_ring.init(kWarpgroups);
+      shared.k_ring.init(kWarpgroups);
+      shared.v_ring.init(kWarpgroups);
+      cutlass::arch::fence_barrier_init();
+    }
+    __syncthreads();
+
+    const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / kWarpgroupThreads, 0);
+    if (warpgroup == 0) {
+      cutlass::arch::warpgroup_reg_dealloc<kConfig.producer_registers()>();
+      if (__shfl_sync(0xffffffffu, threadIdx.x / 32, 0) == 0) {
+        produce(params, shared);
+      }
+    } else {
+      cutlass::arch::warpgroup_reg_alloc<kConfig.consumer_registers()>();
+      consume(params, shared, warpgroup - 1);
+    }
+  }
+
+  static __device__ void produce(const Params& params, Shared& shared) {
+    Positions position;
+    int index = params.works.first();
+    while (index < params.works.count) {
+      const Work work = Work::at(params, index);
+      const auto schedule = params.schedule.at(work.batch, work.head);
+      const int kv_head = work.head / params.heads_per_kv_head;
+      const auto query_origin = schedule.query_origin(work.q_tile, kTile);
+      shared.q_ring.fill(position.q, QueryTile::kBytes, work, [&](Barrier& full) {
+        params.q.load(shared.q[position.q.stage], query_origin, work.head, work.batch, full);
+      });
+      position.q.advance();
+
+      bool values_pending = false;  // values run one tile behind keys, as in the consumer
+      typename Params::Origin values_origin{};
+      const auto load_values = [&] {
+        if (values_pending) {
+          shared.v_ring.fill(position.v, KeyTile::kBytes, {}, [&](Barrier& full) {
+            params.v.load(shared.v[position.v.stage], values_origin, kv_head, work.batch, full);
+          });
+          position.v.advance();
+        }
+      };
+      announce(
+          [&](auto&& report) {
+            auto cursor = schedule.runs(work.q_tile, kTile);
+            for (TileRun run; cursor.next(run);) {
+              report(work.head, run);
+            }
+          },
+          [&](Announcement run) {
+            if (run.count == 0) {
+              shared.k_ring.fill(position.k, 0, run, [](Barrier&) {});
+              position.k.advance();
+            }
+            for (int k_tile = run.first; k_tile < run.first + run.count; ++k_tile) {
+              const auto origin = schedule.key_origin(k_tile, kTile);  // found before there is a stage to wait for
+              shared.k_ring.fill(position.k, KeyTile::kBytes, run, [&](Barrier& full) {
+                params.k.load(shared.k[position.k.stage], origin, kv_head, work.batch, full);
+              });
+              position.k.advance();
+              load_values();
+              values_pending = true;
+              values_origin = origin;
+            }
+          });
+      index = params.works.next();  // so late that no block holds work which another could begin
+      load_values();
+    }
+    shared.q_ring.fill(position.q, 0, {.exists = false}, [](Barrier&) {});
+  }
+
+  static __device__ void consume(const Params& params, Shared& shared, int warpgroup) {
+    Positions position;
+    const Turns turns(warpgroup);
+    for (Work work; (work = shared.q_ring.next(position.q)).exists; position.q.advance()) {
+      attend(params, shared, work, warpgroup, turns, position);
+    }
+    turns.finish();
+  }
+
+  // One query tile: leaves `position` where the next one begins, but for its queries.
+  static __device__ void attend(const Params& params, Shared& shared, Work work, int warpgroup, const Turns& turns,
+                                Positions& position) {
+    const int thread = threadIdx.x % kWarpgroupThreads;
+    const AccumulatorThread at(thread);
+    const Score score = params.score.at(work.head);
+    const auto schedule = params.schedule.at(work.batch, work.head);
+    const int first_row = warpgroup * kWarpgroupRows;
+    QueryTile& queries = shared.q[position.q.stage];
+
+    float out[kHeadDim / 2] = {};
+    float scores[kTile.k / 2];
+    std::uint32_t weights[kTile.k / 4];
+    typename Score::State state[2];
+
+    const auto issue_scores = [&] {
+      wgmma::pin(scores);
+      wgmma::fence();
+      wgmma::multiply<Element, kHeadDim>(queries.k_major(first_row), shared.k[position.k.stage].k_major(), scores,
+                                         false);
+      wgmma::commit();
+    };
+    const auto issue_output = [&] {
+      wgmma::pin(out);
+      wgmma::pin(weights);
+      wgmma::fence();
+      wgmma::multiply<Element>(weights, shared.v[position.v.stage].mn_major(), out);
+      wgmma::commit();
+    };
+    const auto release = [](auto& ring, auto& at) {
+      ring.release(at);
+      at.advance();
+    };
+    // Scores become weights; decay is what the output so far must be multiplied by.
+    float decay[2];
+    const auto absorb = [&](int k_tile, Coverage coverage) {
+      if (coverage == Coverage::kPartial) {
+        kept_bits(schedule.tile_mask(work.q_tile, k_tile, kTile), first_row, at).apply(scores, -kInfinity);
+      }
+      if constexpr (std::is_empty_v<typename Score::State>) {
+        score.absorb(state[0], AccumulatorRow<kTile.k / 2, 2>{scores});
+      } else {
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          decay[h] = score.absorb(state[h], AccumulatorRow<kTile.k / 2>{scores, h});
+        }
+      }
+    };
+
+    Announcement run = shared.k_ring.next(position.k);
+    if (run.count == 0) {
+      release(shared.k_ring, position.k);
+    } else {
+      turns.wait();
+      issue_scores();
+      turns.pass();
+      wgmma::wait<0>();
+      wgmma::pin(scores);
+      release(shared.k_ring, position.k);
+      absorb(run.first, run.coverage);
+      pack<Element>(scores, weights);
+      ++run.first, --run.count;
+
+      const auto step = [&](int k_tile, auto coverage) {
+        shared.k_ring.wait(position.k);
+        turns.wait();
+        issue_scores();
+        shared.v_ring.wait(position.v);
+        issue_output();
+        turns.pass();
+        wgmma::wait<1>();
+        wgmma::pin(scores);
+        release(shared.k_ring, position.k);
+        absorb(k_tile, coverage());
+        wgmma::wait<0>();
+        wgmma::pin(out);
+        wgmma::pin(weights);
+        release(shared.v_ring, position.v);
+        pack<Element>(scores, weights);
+        if constexpr (Score::kRescales) {
+#pragma unroll
+          for (int i = 0; i < kHeadDim / 2; ++i) {
+            out[i] *= decay[i / 2 % 2];
+          }
+        }
+      };
+      for (;;) {
+        for_each_tile(run, step);
+        if (run.last) {
+          break;
+        }
+        run = shared.k_ring.next(position.k);
+      }
+
+      shared.v_ring.wait(position.v);
+      issue_output();
+      wgmma::wait<0>();
+      wgmma::pin(out);
+      wgmma::pin(weights);
+      release(shared.v_ring, position.v);
+    }
+
+    const RowResult rows[2] = {score.finish(state[0], sum_over_row), score.finish(state[1], sum_over_row)};
+    params.epilogue.store(out, rows, queries, warpgroup, work.batch, work.head,
+                          [&](int row) { return schedule.query_token(work.q_tile * kTile.q + first_row + row); });
+    publish_shared();  // the next queries are copied over what this thread has read
+    shared.q_ring.release(position.q);
+  }
 };
 
 template <class Variant, int kIndex>

@@ -34,6 +34,19 @@ inline Status check_device() {
   return check_capability(device, major, minor);
 }
 
+// SMs of the current device.
+inline int num_multiprocessors() {
+  int device = 0, count = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+  return count;
+}
+
+// Enqueues zeros.
+inline Status clear(void* memory, std::size_t bytes, Stream stream) {
+  return check(cudaMemsetAsync(memory, 0, bytes, static_cast<cudaStream_t>(stream.handle)), "cudaMemsetAsync");
+}
+
 // Describes `view` to the copy engine in tiles of `rows` consecutive tokens, or of boxes of a grid.
 Status encode(const TensorView& view, int rows, TensorMap<int>& map);
 Status encode(const TensorView& view, const GridBox& box, TensorMap<PerAxis<int>>& map);

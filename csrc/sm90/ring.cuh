@@ -1,4 +1,4 @@
-// A ring of shared-memory stages between one producer thread and several consumer warpgroups.
+// How work reaches a thread block, and how its producer warp hands tiles on to the consumer warpgroups.
 #pragma once
 
 #include <cstdint>
@@ -7,6 +7,23 @@
 #include "sm90/tma.cuh"
 
 namespace fastattn::sm90 {
+
+// Hands out works 0 … count − 1 of a launch: block b begins with work b, and whoever is done takes the next one left.
+struct WorkQueue {
+  int count;
+  int* taken;  // in global memory: how many were taken that no block began with; null: none are left
+
+  __device__ int first() const { return static_cast<int>(blockIdx.x); }
+  // For a whole warp; `count` or more: there is no work left. From the exchange the compiler learns that all lanes hold
+  // one value: what follows from it then lives in uniform registers, of which a producer has more than of others.
+  __device__ int next() const {
+    int index = count;
+    if (taken != nullptr && threadIdx.x % 32 == 0) {
+      index = static_cast<int>(gridDim.x) + atomicAdd(taken, 1);
+    }
+    return __shfl_sync(0xffffffffu, index, 0);
+  }
+};
 
 // Which stage is next, and the parity of its barriers' current phase.
 template <int kStages>
@@ -30,9 +47,13 @@ inline constexpr int kReleasingLanes = 32;
 inline constexpr int kReleasingLanes = 1;
 #endif
 
-template <int kStages>
+struct Nothing {};
+
+// A ring of shared-memory stages. With its data a stage carries a message of the producer's.
+template <int kStages, class Message = Nothing>
 struct Ring {
   Barrier full[kStages], empty[kStages];
+  Message messages[kStages];
 
   __device__ void init(int consumer_warpgroups) {
     for (int i = 0; i < kStages; ++i) {
@@ -40,14 +61,24 @@ struct Ring {
       empty[i].init(consumer_warpgroups * kWarpgroupWarps * kReleasingLanes);
     }
   }
-  // Producer: waits until the stage is free and announces `bytes`; copies then complete on the returned barrier.
-  __device__ Barrier& begin_fill(RingPosition<kStages> at, int bytes) {
+  // Producer, a whole warp: waits until the stage is free; then one lane calls copy(barrier), to start copies of
+  // `bytes` that complete on the barrier.
+  template <class Copy>
+  __device__ void fill(RingPosition<kStages> at, int bytes, const Message& message, Copy&& copy) {
     empty[at.stage].wait(at.parity ^ 1);
-    full[at.stage].arrive_and_expect_tx(bytes);
-    return full[at.stage];
+    if (cute::elect_one_sync()) {
+      messages[at.stage] = message;
+      full[at.stage].arrive_and_expect_tx(bytes);
+      copy(full[at.stage]);
+    }
   }
   // Consumer: waits for the stage's data.
   __device__ void wait(RingPosition<kStages> at) { wait_for(full[at.stage], at.parity); }
+  // Consumer: the same, and the message. To be read before products on the stage are issued: its release follows them.
+  __device__ Message next(RingPosition<kStages> at) {
+    wait(at);
+    return messages[at.stage];
+  }
   // Consumer, every thread: hands the stage back.
   __device__ void release(RingPosition<kStages> at) {
     __syncwarp();
@@ -85,24 +116,5 @@ template <class Body>
 __device__ void for_each_tile(const Announcement& run, Body&& body) {
   fastattn::for_each_tile(TileRun{run.first, run.count, run.coverage}, body);
 }
-
-// A ring whose stages carry the announcement of the run they belong to.
-template <int kStages>
-struct AnnouncingRing : Ring<kStages> {
-  Announcement announcements[kStages];
-
-  __device__ Barrier& begin_fill(RingPosition<kStages> at, int bytes, Announcement announcement) {
-    this->empty[at.stage].wait(at.parity ^ 1);
-    announcements[at.stage] = announcement;
-    this->full[at.stage].arrive_and_expect_tx(bytes);
-    return this->full[at.stage];
-  }
-  // Consumer: waits for the first stage of the next run. To be read before the products on that stage are issued: its
-  // release follows them.
-  __device__ Announcement next_run(RingPosition<kStages> at) {
-    this->wait(at);
-    return announcements[at.stage];
-  }
-};
 
 }  // namespace fastattn::sm90

@@ -20,6 +20,7 @@ struct ForwardProblem {
   typename Variant::Schedule schedule;
   typename Variant::Score score;
   float* lse;  // null for an epilogue without
+  void* workspace;
 };
 
 template <class Variant>
@@ -56,8 +57,12 @@ struct MapEncoder {
   }
 };
 
+// A block for each SM, which takes work after work; or one for each work, if these are fewer.
 template <class Kernel, class Variant>
-Status launch_forward(const ForwardProblem<Variant>& problem, Stream stream, void (*kernel)(typename Kernel::Params)) {
+Status launch_forward(const char* op, const ForwardProblem<Variant>& problem, Stream stream,
+                      void (*kernel)(typename Kernel::Params)) {
+  static_assert(sizeof(*WorkQueue::taken) == kForwardWorkspace);
+  constexpr std::int64_t kMostWorks = 1 << 30;
   const auto schedule = problem.schedule.at(0, 0);  // of any head, where heads do not differ
   typename Kernel::Params params{};
   params.schedule = problem.schedule;
@@ -73,8 +78,23 @@ Status launch_forward(const ForwardProblem<Variant>& problem, Stream stream, voi
   if (!encode.status.ok()) {
     return encode.status;
   }
-  return launch(kernel, problem.q.batch() * params.heads * params.q_tiles,
-                (Kernel::kWarpgroups + 1) * kWarpgroupThreads, sizeof(typename Kernel::Shared), stream, params);
+  const std::int64_t works = problem.q.batch() * params.heads * params.q_tiles;
+  const std::int64_t blocks = min_of(works, std::int64_t{num_multiprocessors()});
+  if (works > kMostWorks) {
+    return failure("%s: q has %lld tiles of %d tokens, allowed are %lld", op, static_cast<long long>(works),
+                   Kernel::kTile.q, static_cast<long long>(kMostWorks));
+  }
+  if (works > 0 && problem.workspace == nullptr) {
+    return failure("%s: workspace has no data", op);
+  }
+  params.works = {static_cast<int>(works), works > blocks ? static_cast<int*>(problem.workspace) : nullptr};
+  if (params.works.taken != nullptr) {
+    if (const Status status = clear(params.works.taken, kForwardWorkspace, stream); !status.ok()) {
+      return status;
+    }
+  }
+  return launch(kernel, blocks, (Kernel::kWarpgroups + 1) * kWarpgroupThreads, sizeof(typename Kernel::Shared), stream,
+                params);
 }
 
 // The parts of the backward's workspace, and its size in bytes.
@@ -116,10 +136,6 @@ Status launch_backward(const BackwardProblem<Variant>& problem, Stream stream,
   Status status = encode.status;
   const std::int64_t tiles = problem.q.batch() * params.heads * params.q_tiles;
   const std::int64_t rows = tiles * Kernel::kTile.q;
-  const auto clear = [&](float* values, std::int64_t count) {
-    return check(cudaMemsetAsync(values, 0, count * sizeof(float), static_cast<cudaStream_t>(stream.handle)),
-                 "cudaMemsetAsync");
-  };
   if constexpr (Kernel::Score::kRowStatistics) {
     if (status.ok()) {
       const PrepareParams<Schedules> prepare{problem.out,
@@ -134,10 +150,10 @@ Status launch_backward(const BackwardProblem<Variant>& problem, Stream stream,
     }
   }
   if (status.ok() && problem.dbias != nullptr) {
-    status = clear(problem.dbias, params.heads);
+    status = clear(problem.dbias, params.heads * sizeof(float), stream);
   }
   if (status.ok()) {
-    status = clear(params.workspace.dq, rows * Kernel::kHeadDim);
+    status = clear(params.workspace.dq, rows * Kernel::kHeadDim * sizeof(float), stream);
   }
   if (status.ok()) {
     status = launch(kernel, problem.k.batch() * problem.k.heads() * params.k_tiles,
@@ -155,7 +171,7 @@ Status launch_backward(const BackwardProblem<Variant>& problem, Stream stream,
 template <class Variant>
 Status run_forward(const char* op, const ForwardProblem<Variant>& problem, Stream stream) {
   return dispatch<Variant::kForward>(op, problem.q.head_dim(), [&]<int kIndex>() {
-    return launch_forward<ForwardKernel<Variant, kIndex>>(problem, stream, forward_kernel<Variant, kIndex>);
+    return launch_forward<ForwardKernel<Variant, kIndex>>(op, problem, stream, forward_kernel<Variant, kIndex>);
   });
 }
 

@@ -19,13 +19,15 @@ std::tuple<Tensor, Tensor> attention(Tensor q, Tensor k, Tensor v, std::optional
   const std::int64_t rows[] = {q.sizes()[0], q.sizes()[2], q.sizes()[1]};
   const Tensor out = torch::stable::new_empty(q, q.sizes());
   const Tensor lse = torch::stable::new_empty(q, rows, ScalarType::Float);
+  const Workspace workspace(q, Place::kForwardWorkspace);
   require(fastattn::attention({.q = view(q),
                                .k = view(k),
                                .v = view(v),
                                .out = view(out),
                                .lse = lse.mutable_data_ptr<float>(),
                                .scale = scale_of(scale, q),
-                               .window = window_of(kOp, causal, window)},
+                               .window = window_of(kOp, causal, window),
+                               .workspace = workspace.address()},
                               place.executor));
   return {out, lse};
 }

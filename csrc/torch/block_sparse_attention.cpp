@@ -92,13 +92,15 @@ std::tuple<Tensor, Tensor> block_sparse_attention(Tensor q, Tensor k, Tensor v, 
   const Place place(q);
   const Tensor out = torch::stable::new_empty(q, q.sizes());
   const Tensor lse = torch::stable::new_empty(q, Shape{q.sizes()[0], q.sizes()[2], q.sizes()[1]}, ScalarType::Float);
+  const Workspace workspace(q, Place::kForwardWorkspace);
   require(fastattn::block_sparse_attention({.q = view(q),
                                             .k = view(k),
                                             .v = view(v),
                                             .out = view(out),
                                             .lse = lse.mutable_data_ptr<float>(),
                                             .scale = scale_of(scale, q),
-                                            .blocks = lists_of(q, k, grid, block_size, causal, rows.rows(), {})},
+                                            .blocks = lists_of(q, k, grid, block_size, causal, rows.rows(), {}),
+                                            .workspace = workspace.address()},
                                            place.executor));
   return {out, lse};
 }

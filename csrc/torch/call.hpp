@@ -93,21 +93,24 @@ inline float scale_of(std::optional<double> scale, const Tensor& q) {
   return static_cast<float>(scale ? *scale : 1 / std::sqrt(std::max(1., static_cast<double>(q.sizes()[3]))));
 }
 
-// Memory for one call, aligned as the core asks (AttentionBackward::workspace).
+// Memory for one call, aligned as the core asks (AttentionBackward::workspace); null if it is of no bytes.
 class Workspace {
  public:
-  Workspace(const Tensor& like, std::size_t bytes)
-      : memory_(torch::stable::new_empty(like, std::array{static_cast<std::int64_t>(bytes + kAlignment)},
-                                         ScalarType::Byte)) {}
+  Workspace(const Tensor& like, std::size_t bytes) {
+    if (bytes > 0) {
+      const std::array shape{static_cast<std::int64_t>(bytes + kAlignment)};
+      memory_ = torch::stable::new_empty(like, shape, ScalarType::Byte);
+    }
+  }
 
   void* address() const {
-    const auto address = reinterpret_cast<std::uintptr_t>(memory_.mutable_data_ptr());
+    const auto address = memory_ ? reinterpret_cast<std::uintptr_t>(memory_->mutable_data_ptr()) : 0;
     return reinterpret_cast<void*>((address + kAlignment - 1) / kAlignment * kAlignment);
   }
 
  private:
   static constexpr std::uintptr_t kAlignment = 256;
-  Tensor memory_;
+  std::optional<Tensor> memory_;
 };
 
 // One call of an op: judges its tensors by name. The tensors returned can be handed to the core as they are.
@@ -191,6 +194,8 @@ struct TorchThreads final : Threads {
 };
 
 struct Cpu {
+  static constexpr std::size_t kForwardWorkspace = 0;
+
   explicit Cpu(const Tensor&) {}
   static bool addresses(const Tensor&) { return true; }
 
@@ -201,6 +206,8 @@ struct Cpu {
 Stream current_cuda_stream(std::int32_t device);
 
 struct Cuda {
+  static constexpr std::size_t kForwardWorkspace = fastattn::kForwardWorkspace;
+
   explicit Cuda(const Tensor& q) : executor(current_cuda_stream(q.get_device_index())), device(q.get_device_index()) {}
 
   // TMA reads 16-byte units. Other layouts are copied once.

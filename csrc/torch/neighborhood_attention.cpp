@@ -89,13 +89,15 @@ std::tuple<Tensor, Tensor> neighborhood_attention(Tensor q, Tensor k, Tensor v, 
   k = call.input("k", flatten(kOp, "k", k, lengths, 1));
   v = call.input("v", flatten(kOp, "v", v, lengths, 1));
   const Place place(q);
+  const Workspace workspace(q, Place::kForwardWorkspace);
   require(fastattn::neighborhood_attention({.q = view(q),
                                             .k = view(k),
                                             .v = view(v),
                                             .out = view(flatten(kOp, "out", out, lengths, 1)),
                                             .lse = lse.mutable_data_ptr<float>(),
                                             .scale = scale_of(scale, q),
-                                            .axes = Options{window, stride, dilation, causal}.axes(kOp, lengths)},
+                                            .axes = Options{window, stride, dilation, causal}.axes(kOp, lengths),
+                                            .workspace = workspace.address()},
                                            place.executor));
   return {out, lse};
 }

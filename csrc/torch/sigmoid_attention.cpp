@@ -44,6 +44,8 @@ Tensor sigmoid_attention(Tensor q, Tensor k, Tensor v, std::optional<Tensor> bia
   SigmoidAttention problem = problem_of(kOp, call, q, k, v, bias, constant_bias, scale, causal, window);
   const Tensor out = torch::stable::new_empty(q, q.sizes());
   problem.out = view(out);
+  const Workspace workspace(q, Place::kForwardWorkspace);
+  problem.workspace = workspace.address();
   require(fastattn::sigmoid_attention(problem, place.executor));
   return out;
 }

@@ -53,6 +53,10 @@ const char* cpu_instruction_set();
 // Is this library built with GPU kernels?
 bool built_with_cuda();
 
+// Bytes of device memory that a forward on the GPU counts in: what its thread blocks have taken of its tiles. A call's
+// own, with any contents; not needed on the CPU.
+inline constexpr std::size_t kForwardWorkspace = 4;
+
 // attention: softmax(scale · Q Kᵀ, masked) V.
 
 inline constexpr std::int64_t kUnbounded = -1;
@@ -69,6 +73,7 @@ struct Attention {
   float* lse = nullptr;  // [batch, heads, seq_q], contiguous: natural log-sum-exp of each row's scaled scores
   float scale = 1.f;
   Window window;
+  void* workspace = nullptr;  // kForwardWorkspace bytes
 };
 
 Status attention(const Attention& problem, const Threads& threads);
@@ -96,7 +101,8 @@ struct BlockSparseAttention {
   TensorView out;        // like q
   float* lse = nullptr;  // [batch, heads, seq_q], contiguous; −∞ for a row that keeps nothing
   float scale = 1.f;
-  BlockLists blocks;  // of query heads, in memory of the device; the backward needs `columns` as well
+  BlockLists blocks;          // of query heads, in memory of the device; the backward needs `columns` as well
+  void* workspace = nullptr;  // kForwardWorkspace bytes
 };
 
 Status block_sparse_attention(const BlockSparseAttention& problem, const Threads& threads);
@@ -126,6 +132,7 @@ struct NeighborhoodAttention {
   float* lse = nullptr;  // [batch, heads, tokens], contiguous
   float scale = 1.f;
   PerAxis<NeighborhoodAxis> axes;  // outermost first; fewer than three lead with axes of length 1
+  void* workspace = nullptr;       // kForwardWorkspace bytes
 };
 
 Status neighborhood_attention(const NeighborhoodAttention& problem, const Threads& threads);
@@ -155,6 +162,7 @@ struct SigmoidAttention {
   Window window;
   float bias = 0.f;                  // −ln(seq_k) is the usual choice
   const float* head_bias = nullptr;  // [heads], added to the bias; may be null
+  void* workspace = nullptr;         // kForwardWorkspace bytes
 };
 
 Status sigmoid_attention(const SigmoidAttention& problem, const Threads& threads);

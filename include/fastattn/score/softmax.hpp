@@ -6,12 +6,15 @@
 namespace fastattn {
 
 struct Softmax {
-  // The row so far: its largest score in units of log 2, and this lane's share of the sum of weights relative to that.
-  // The product is kept, not the score: rounded anew for each tile, a maximum that stays would decay the row by an
+  // The row so far: a score near its largest in units of log 2, and this lane's share of the sum of weights relative to
+  // that. The product is kept, not the score: rounded anew for each tile, a base that stays would decay the row by an
   // error of its own, and a thousand tiles by a thousand times that.
   struct State {
-    float max_log2 = -kInfinity, sum = 0.f;
+    float base_log2 = -kInfinity, sum = 0.f;
   };
+  // How far the largest score may rise above the base before that follows, and what was summed is rescaled: weights up
+  // to 2^8 are as precise as those below 1 (FlashAttention-4's threshold). After a row's first tiles it seldom does.
+  static constexpr float kSlack = 8.f;
   static constexpr bool kRescales = true;
   static constexpr bool kRowStatistics = true;
   static constexpr bool kBiasGradient = false;
@@ -21,11 +24,12 @@ struct Softmax {
   FASTATTN_HD Softmax at(int) const { return *this; }
 
   FASTATTN_HD float absorb(State& state, ScoreRow auto row) const {
-    const float max_log2 = max_of(state.max_log2, row.max() * scale_log2);
-    const float base = max_log2 == -kInfinity ? 0.f : max_log2;  // an empty row so far: keep −∞ − −∞ out
-    const float decay = exp2(state.max_log2 - base);
+    const float max_log2 = row.max() * scale_log2;
+    const float base_log2 = max_log2 > state.base_log2 + kSlack ? max_log2 : state.base_log2;
+    const float base = base_log2 == -kInfinity ? 0.f : base_log2;  // an empty row so far: keep −∞ − −∞ out
+    const float decay = exp2(state.base_log2 - base);
     const float sum = row.apply(weight(base));
-    state = {max_log2, state.sum * decay + sum};
+    state = {base_log2, state.sum * decay + sum};
     return decay;
   }
 
@@ -35,7 +39,7 @@ struct Softmax {
     if (sum == 0.f) {
       return {0.f, -kInfinity};
     }
-    return {1.f / sum, (state.max_log2 + log2(sum)) * kLn2};
+    return {1.f / sum, (state.base_log2 + log2(sum)) * kLn2};
   }
 
   template <class T>
