@@ -266,9 +266,11 @@ struct ForwardKernel {
         release(shared.v_ring, position.v);
         pack<Element>(scores, weights);
         if constexpr (Score::kRescales) {
+          if (__any_sync(0xffffffffu, decay[0] != 1.f || decay[1] != 1.f)) {  // seldom, as the policy sees to
 #pragma unroll
-          for (int i = 0; i < kHeadDim / 2; ++i) {
-            out[i] *= decay[i / 2 % 2];
+            for (int i = 0; i < kHeadDim / 2; ++i) {
+              out[i] *= decay[i / 2 % 2];
+            }
           }
         }
       };
