@@ -11,6 +11,7 @@ from .block_list import BlockList
 from .block_sparse_attention import block_sparse_attention
 from .merge_attention import merge_attention
 from .neighborhood_attention import neighborhood_attention
+from .paro import ParoPlan, calibrate_paro, paro_attention
 from .plan import plan
 from .quantize_tokens import QuantizedTokens, quantize_tokens
 from .sigmoid_attention import sigmoid_attention
@@ -20,12 +21,15 @@ __version__ = _version("fastattn")
 
 __all__ = [
     "BlockList",
+    "ParoPlan",
     "QuantizedTokens",
     "__version__",
     "attention",
     "block_sparse_attention",
+    "calibrate_paro",
     "merge_attention",
     "neighborhood_attention",
+    "paro_attention",
     "plan",
     "quantize_tokens",
     "sigmoid_attention",

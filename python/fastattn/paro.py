@@ -1,0 +1,316 @@
+"""PARO: video tokens in an order in which a head's attention falls into blocks, and the blocks worth computing."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from importlib.util import find_spec
+from itertools import groupby
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from .attention import attention
+from .block_list import BlockList
+from .block_sparse_attention import block_sparse_attention
+
+ORDERS = ("FHW", "FWH", "HFW", "HWF", "WFH", "WHF")
+"""Orders of the axes of a video, frames, height and width, the outermost first. Tokens come as FHW."""
+
+
+FORMAT = "fastattn.paro.1"
+
+
+@dataclass(frozen=True)
+class ParoLayer:
+    """What ``paro_attention`` needs of a plan, on a device."""
+
+    tokens: Tensor  # int64 [heads, seq]: the tokens of each head in its order
+    places: Tensor  # int64 [heads, seq]: the place of each token in that order
+    blocks: BlockList  # of tokens in order
+
+
+@dataclass(frozen=True)
+class ParoPlan:
+    """An order and a block mask for each timestep bucket, layer and head, as ``calibrate_paro`` finds them.
+
+    Text tokens, which come before the video's, move behind them, so that blocks of video begin with it whatever the
+    length of the text; blocks that hold text are always kept.
+    """
+
+    grid: tuple[int, int, int]  # frames, height, width
+    text: int  # tokens before the video
+    block: int  # tokens in a block of queries, and of keys
+    orders: Tensor  # uint8 [buckets, layers, heads]: index into ORDERS
+    masks: Tensor  # uint8 [buckets, layers, heads, blocks, bytes]: key block j is bit j % 8 of byte j // 8
+
+    @property
+    def seq(self) -> int:
+        frames, height, width = self.grid
+        return self.text + frames * height * width
+
+    def bucket_of(self, step: int, steps: int) -> int:
+        """The bucket of one of the sampler's steps."""
+        if not 0 <= step < steps:
+            raise ValueError(f"ParoPlan: step must be in 0 ... {steps - 1}, got {step}")
+        return step * len(self.orders) // steps
+
+    def mask(self, bucket: int, layer: int) -> Tensor:
+        """Bool ``[heads, blocks, blocks]``."""
+        return _unpack(self.masks[bucket, layer], -(-self.seq // self.block))
+
+    def layer(self, layer: int, *, bucket: int = 0, device: torch.device | str = "cpu") -> ParoLayer:
+        """To be made once, and used in each step of the bucket."""
+        every = torch.stack([token_order(order, self.grid, self.text) for order in ORDERS])
+        tokens = every[self.orders[bucket, layer].long()]
+        mask = self.mask(bucket, layer)[None]
+        blocks = BlockList.from_mask(
+            mask.to(device), seq_q=self.seq, seq_k=self.seq, block_size=(self.block, self.block)
+        )
+        return ParoLayer(tokens.to(device), tokens.argsort().to(device), blocks)
+
+    def save(self, path: Path | str) -> None:
+        """As safetensors: some ``seq² / (8 block²)`` bytes for each head. Needs ``pip install 'fastattn[paro]'``."""
+        _require_safetensors()
+        from safetensors.torch import save_file
+
+        numbers = {"grid": "x".join(map(str, self.grid)), "text": str(self.text), "block": str(self.block)}
+        tensors = {"orders": self.orders.contiguous(), "masks": self.masks.contiguous()}
+        save_file(tensors, path, metadata={"format": FORMAT, **numbers})
+
+    @classmethod
+    def load(cls, path: Path | str) -> "ParoPlan":
+        """A plan that ``save`` wrote.
+
+        Raises:
+            ValueError: if the file holds something else.
+        """
+        _require_safetensors()
+        from safetensors import safe_open
+
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != FORMAT:
+                raise ValueError(f"ParoPlan: {path} must have format {FORMAT}, got {metadata.get('format')}")
+            frames, height, width = map(int, metadata["grid"].split("x"))
+            numbers = int(metadata["text"]), int(metadata["block"])
+            return cls((frames, height, width), *numbers, file.get_tensor("orders"), file.get_tensor("masks"))
+
+
+def paro_attention(q: Tensor, k: Tensor, v: Tensor, layer: ParoLayer, *, scale: float | None = None) -> Tensor:
+    r"""Attention over the blocks that a plan keeps, of tokens in the order that it gives each head.
+
+    PAROAttention: Pattern-Aware ReOrdering for Efficient Sparse and Quantized Attention in Visual Generation Models
+    (arXiv 2506.16054). Tokens are gathered before and put back after; nothing is quantized.
+
+    Args:
+        q, k, v: ``[batch, seq, heads, head_dim]``, text before video, after rotary embedding; dtypes and devices as
+            ``block_sparse_attention``.
+        layer: of a ``ParoPlan``, on the device of ``q``.
+        scale: multiplies the scores; ``1 / sqrt(head_dim)`` if None.
+
+    Returns:
+        The output, like ``q``. Differentiable.
+
+    Raises:
+        ValueError: if q, k and v are not alike, or if the plan is for other lengths or heads.
+    """
+    heads, seq = layer.tokens.shape
+    if not q.shape == k.shape == v.shape or q.dim() != 4 or (q.shape[1], q.shape[2]) != (seq, heads):
+        raise ValueError(
+            f"paro_attention: q, k and v must be [batch, {seq}, {heads}, head_dim], as the plan is, "
+            f"got {list(q.shape)}, {list(k.shape)} and {list(v.shape)}"
+        )
+    q, k, v = (_gather(x, layer.tokens) for x in (q, k, v))
+    out = block_sparse_attention(q, k, v, layer.blocks, scale=scale)
+    return _gather(out, layer.places)
+
+
+def calibrate_paro(
+    samples: Iterable[tuple[int, int, Tensor, Tensor, Tensor]],
+    *,
+    grid: tuple[int, int, int],
+    density: float,
+    text: int = 0,
+    block: int = 64,
+    by: Literal["error", "blocks"] = "error",
+    alpha: float = 0.5,
+    epsilon: float = 1e-3,
+    sparse_share: float = 0.9,
+    scale: float | None = None,
+) -> ParoPlan:
+    r"""Finds the order and the blocks of each head from samples of its queries, keys and values.
+
+    Every order is tried; the blocks with the greatest sums of attention weights are kept, whatever the order. Nothing
+    of size ``seq²`` is ever held, only blocks' statistics.
+
+    Args:
+        samples: ``(bucket, layer, q, k, v)``; the tensors as for ``paro_attention``. Those of one bucket and layer come
+            one after the other; buckets and layers are numbered from 0, and each pair of them comes.
+        grid: frames, height and width of the video, in tokens.
+        density: the share of blocks without text to keep, in (0, 1]; the best of each row is kept besides.
+        text: tokens before the video's.
+        block: tokens in a block, 64 or 128.
+        by: what the order is chosen by. "error": the relative error of the output over the kept blocks. "blocks": the
+            paper's objective, ``alpha`` · (1 − share of sparse blocks) + (1 − ``alpha``) · incoherence, each divided by
+            its sum over the orders. (As printed, in 4.1, it would be smallest where the fewest blocks are sparse.)
+        epsilon, sparse_share: a block is sparse if that share of its weights is below epsilon.
+        scale: multiplies the scores; ``1 / sqrt(head_dim)`` if None.
+
+    Raises:
+        ValueError: for values that are not allowed, for tensors that do not fit ``grid`` and ``text``, and if a bucket
+            lacks a layer.
+    """
+    if not 0 < density <= 1:
+        raise ValueError(f"calibrate_paro: density must be in (0, 1], got {density}")
+    if block not in (64, 128):
+        raise ValueError(f"calibrate_paro: block must be 64 or 128, got {block}")
+    if by not in ("error", "blocks"):
+        raise ValueError(f"calibrate_paro: by must be 'error' or 'blocks', got {by!r}")
+    orders = [token_order(order, grid, text) for order in ORDERS]
+    seq = len(orders[0])
+    first_dense = (seq - text) // block if text > 0 else -(-seq // block)
+
+    def layer_of(tensors: Iterable[tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        sums: list[Tensor | float] = [0.0] * len(ORDERS)
+        costs: list[Tensor] = []
+        for q, k, v in tensors:
+            if not q.shape == k.shape == v.shape or q.dim() != 4 or q.shape[1] != seq:
+                raise ValueError(
+                    f"calibrate_paro: q, k and v must be [batch, {seq}, heads, head_dim], as grid and text are, "
+                    f"got {list(q.shape)}, {list(k.shape)} and {list(v.shape)}"
+                )
+            factor = scale if scale is not None else q.shape[3] ** -0.5
+            out, lse = attention(q, k, v, scale=factor, return_lse=True)
+            found = []
+            for i, order in enumerate(orders):
+                tokens = order.to(q.device)
+                of_blocks = block_statistics(q[:, tokens], k[:, tokens], lse[:, :, tokens], factor, block, epsilon)
+                sums[i] = sums[i] + of_blocks.sum
+                if by == "error":
+                    mask = _mask(of_blocks.sum, density, first_dense)
+                    found.append(_error(q, k, v, out, tokens, mask, block, factor))
+                else:
+                    found.append(torch.stack([1 - of_blocks.sparse(sparse_share), of_blocks.incoherence]))
+            cost = torch.stack(found)  # [orders, heads], or [orders, 2, heads]
+            if by == "blocks":
+                weights = torch.tensor([alpha, 1 - alpha], device=cost.device)[:, None]
+                cost = (weights * cost / cost.sum(0).clamp(min=1e-30)).sum(1)
+            costs.append(cost)
+        choice = torch.stack(costs).mean(0).argmin(0)  # [heads]
+        chosen = torch.stack([x for x in sums if isinstance(x, Tensor)])[choice, torch.arange(len(choice))]
+        return choice.to("cpu", torch.uint8), _pack(_mask(chosen, density, first_dense)).cpu()
+
+    layers = {at: layer_of(x[2:] for x in group) for at, group in groupby(samples, key=lambda x: (x[0], x[1]))}
+    buckets, depth = (max((at[axis] for at in layers), default=-1) + 1 for axis in (0, 1))
+    if not layers or len(layers) != buckets * depth:
+        raise ValueError(
+            f"calibrate_paro: samples must come for each bucket and layer, got {len(layers)} pairs of them "
+            f"for {buckets} buckets and {depth} layers"
+        )
+
+    def table(part: int) -> Tensor:
+        return torch.stack(
+            [torch.stack([layers[bucket, layer][part] for layer in range(depth)]) for bucket in range(buckets)]
+        )
+
+    return ParoPlan(grid, text, block, table(0), table(1))
+
+
+def token_order(order: str, grid: tuple[int, int, int], text: int = 0) -> Tensor:
+    """The tokens, int64 ``[seq]``, in one of ``ORDERS``; text last."""
+    frames, height, width = grid
+    video = torch.arange(text, text + frames * height * width).view(grid)
+    return torch.cat([video.permute(*("FHW".index(axis) for axis in order)).flatten(), torch.arange(text)])
+
+
+@dataclass(frozen=True)
+class BlockStatistics:
+    """Of attention weights, for each head and block, ``[heads, blocks, blocks]``; of a batch, the mean but of max."""
+
+    sum: Tensor
+    max: Tensor
+    small: Tensor  # how many are below epsilon
+    count: Tensor  # [blocks, blocks]: how many there are
+
+    def sparse(self, share: float) -> Tensor:
+        """``[heads]``: the share of blocks in which so many weights are small."""
+        return (self.small >= share * self.count).float().mean((1, 2))
+
+    @property
+    def incoherence(self) -> Tensor:
+        """``[heads]``: the largest weight over the mean one, on average over blocks that have any."""
+        ratio = self.max * self.count / self.sum.clamp(min=1e-30)
+        weighs = self.sum > 0
+        return (ratio * weighs).sum((1, 2)) / weighs.sum((1, 2)).clamp(min=1)
+
+
+def block_statistics(
+    q: Tensor, k: Tensor, lse: Tensor, scale: float, block: int, epsilon: float, scores: int = 1 << 24
+) -> BlockStatistics:
+    """Of ``exp(scale · q kᵀ − lse)``, of which no more than about ``scores`` are held at a time."""
+    batch, seq, heads, _ = q.shape
+    blocks = -(-seq // block)
+    rows = max(scores // max(batch * heads * seq, 1) // block, 1) * block
+    keys = k.float()
+    parts = []
+    for begin in range(0, seq, rows):
+        end = min(begin + rows, seq)
+        logits = scale * torch.einsum("bqhd,bkhd->bhqk", q[:, begin:end].float(), keys)
+        weights = (logits - lse[:, :, begin:end, None]).exp()
+        filled = pad(weights, (0, blocks * block - seq, 0, -(end - begin) % block))
+        cells = filled.unflatten(2, (-1, block)).unflatten(4, (-1, block))  # [batch, heads, rows, block, blocks, block]
+        parts.append((cells.sum((0, 3, 5)), cells.amax((0, 3, 5)), (cells < epsilon).sum((0, 3, 5))))
+    total, largest, small = (torch.cat(x, dim=1) for x in zip(*parts, strict=True))
+    tokens = (seq - torch.arange(blocks, device=q.device) * block).clamp(max=block)
+    count = tokens[:, None] * tokens
+    return BlockStatistics(total / batch, largest, small / batch - (block * block - count), count)
+
+
+def _require_safetensors() -> None:
+    if find_spec("safetensors") is None:
+        raise ImportError("ParoPlan: saving and loading need safetensors: pip install 'fastattn[paro]'")
+
+
+def _error(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, tokens: Tensor, mask: Tensor, block: int, scale: float
+) -> Tensor:
+    """``[heads]``: what the output over the blocks of a mask is off, relative and in norm."""
+    blocks = BlockList.from_mask(mask[None], seq_q=len(tokens), seq_k=len(tokens), block_size=(block, block))
+    sparse = block_sparse_attention(q[:, tokens], k[:, tokens], v[:, tokens], blocks, scale=scale)
+
+    def norm(x: Tensor) -> Tensor:
+        of_heads: Tensor = torch.linalg.vector_norm(x, dim=(0, 1, 3))
+        return of_heads
+
+    return norm(sparse.float() - out[:, tokens].float()) / norm(out.float()).clamp(min=1e-30)
+
+
+def _mask(sums: Tensor, density: float, first_dense: int) -> Tensor:
+    """Of the blocks before ``first_dense`` those with the greatest sums, and the greatest of each row; all others."""
+    video = sums[:, :first_dense, :first_dense]
+    flat = video.flatten(1)
+    best = flat.topk(round(density * flat.shape[1])).indices
+    chosen = torch.zeros_like(flat, dtype=torch.bool).scatter_(1, best, True).view(video.shape)
+    if first_dense > 0:
+        chosen.scatter_(2, video.argmax(2, keepdim=True), True)
+    mask = torch.ones_like(sums, dtype=torch.bool)
+    mask[:, :first_dense, :first_dense] = chosen
+    return mask
+
+
+def _gather(x: Tensor, index: Tensor) -> Tensor:
+    """``x[b, index[h, i], h]`` for each batch entry b, place i and head h."""
+    return x.gather(1, index.t()[None, :, :, None].expand(x.shape))
+
+
+def _pack(mask: Tensor) -> Tensor:
+    """Bool ``[..., n]`` as uint8 ``[..., ceil(n / 8)]``, the lowest bit first."""
+    cells = pad(mask.to(torch.uint8), (0, -mask.shape[-1] % 8)).unflatten(-1, (-1, 8))
+    return torch.sum(cells << torch.arange(8, dtype=torch.uint8, device=mask.device), -1, dtype=torch.uint8)
+
+
+def _unpack(bits: Tensor, n: int) -> Tensor:
+    cells = bits[..., None] >> torch.arange(8, dtype=torch.uint8, device=bits.device) & 1
+    return cells.flatten(-2)[..., :n].bool()

@@ -1,0 +1,171 @@
+"""PARO: orders of video tokens, block masks, and what calibration makes of attention with a known structure."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import fastattn
+from cases import relative_error
+from fastattn import ParoPlan, calibrate_paro, paro_attention, reference
+from fastattn.paro import ORDERS, _mask, _pack, block_statistics, token_order
+
+GRID = (5, 12, 9)  # 540 tokens: no whole number of blocks
+
+
+def local(axis: str, grid: tuple[int, int, int] = GRID, text: int = 0, dim: int = 64) -> tuple[Tensor, Tensor, Tensor]:
+    """One head whose queries heed tokens at their own place along an axis, ``[1, seq, 1, dim]``."""
+    i = "FHW".index(axis)
+    place = torch.arange(grid[i]).view([-1 if j == i else 1 for j in range(3)]).expand(grid).flatten()
+    code = 3.5 * torch.nn.functional.normalize(torch.randn(grid[i], dim), dim=-1)[place]
+    seq = text + len(place)
+    q, k, v = 0.3 * torch.randn(3, 1, seq, 1, dim)
+    q[0, text:, 0] += code * 2
+    k[0, text:, 0] += code * 2
+    return q, k, v + torch.randn_like(v)
+
+
+def heads(axes: str, **options) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v = zip(*(local(axis, **options) for axis in axes), strict=True)
+    return torch.cat(q, 2), torch.cat(k, 2), torch.cat(v, 2)
+
+
+def everything(grid: tuple[int, int, int], text: int, orders: list[int], block: int = 64) -> ParoPlan:
+    """A plan that keeps every block."""
+    seq = text + grid[0] * grid[1] * grid[2]
+    blocks = -(-seq // block)
+    masks = torch.full((1, 1, len(orders), blocks, -(-blocks // 8)), 255, dtype=torch.uint8)
+    return ParoPlan(grid, text, block, torch.tensor([[orders]], dtype=torch.uint8), masks)
+
+
+@settings(deadline=None)
+@given(st.tuples(*[st.integers(1, 7)] * 3), st.integers(0, 5), st.sampled_from(ORDERS))
+def test_an_order_is_one_of_the_axes(grid: tuple[int, int, int], text: int, order: str) -> None:
+    tokens = token_order(order, grid, text)
+    video, last = tokens[: len(tokens) - text], tokens[len(tokens) - text :]
+    assert torch.equal(last, torch.arange(text))
+    places = torch.stack(torch.unravel_index(video - text, grid), 1)[:, ["FHW".index(axis) for axis in order]]
+    key = places @ torch.tensor([64, 8, 1])
+    assert len(key) == grid[0] * grid[1] * grid[2]
+    assert (key.diff() > 0).all()  # lexicographic: each token once
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.tuples(*[st.integers(1, 6)] * 3), st.integers(0, 70), st.sampled_from([64, 128]))
+def test_all_blocks_in_any_order_are_attention(grid: tuple[int, int, int], text: int, block: int) -> None:
+    torch.manual_seed(0)
+    plan = everything(grid, text, list(range(6)), block)
+    q, k, v = torch.randn(3, 2, plan.seq, 6, 16).unbind()
+    out = paro_attention(q, k, v, plan.layer(0))
+    assert relative_error(out, fastattn.attention(q, k, v).double()) < 1e-6
+
+
+def test_gradients_are_those_of_attention() -> None:
+    plan = everything((3, 5, 7), 4, [1, 4])
+    leaves = [x.requires_grad_() for x in torch.randn(3, 1, plan.seq, 2, 16).unbind()]
+    dout = torch.randn(1, plan.seq, 2, 16)
+    gradients = torch.autograd.grad(paro_attention(*leaves, plan.layer(0)), leaves, dout)
+    expected = torch.autograd.grad(fastattn.attention(*leaves), leaves, dout)
+    for gradient, truth in zip(gradients, expected, strict=True):
+        assert relative_error(gradient, truth) < 1e-5
+
+
+@pytest.mark.parametrize("seq", [64, 100, 193])
+def test_block_statistics(seq: int) -> None:
+    """Against all weights at once, whatever part of them is held at a time."""
+    q, k, v = torch.randn(3, 2, seq, 3, 16).unbind()
+    _, lse = reference.attention(q, k, v)
+    weights = (0.25 * torch.einsum("bqhd,bkhd->bhqk", q, k)).softmax(-1)
+    for scores in (1, 1 << 15, 1 << 24):
+        found = block_statistics(q, k, lse, 0.25, 64, 1e-2, scores)
+        for i in range(-(-seq // 64)):
+            for j in range(-(-seq // 64)):
+                cell = weights[:, :, 64 * i : 64 * i + 64, 64 * j : 64 * j + 64]
+                torch.testing.assert_close(found.sum[:, i, j], cell.sum((0, 2, 3)) / 2)
+                torch.testing.assert_close(found.max[:, i, j], cell.amax((0, 2, 3)))
+                assert torch.equal(found.small[:, i, j], (cell < 1e-2).sum((0, 2, 3)) / 2)
+                assert found.count[i, j] == cell.shape[2] * cell.shape[3]
+
+
+@pytest.mark.parametrize("by", ["error", "blocks"])
+@pytest.mark.parametrize("text", [0, 30])
+def test_calibration_finds_the_axis(by: str, text: int) -> None:
+    """Tokens at one place along an axis are neighbours when that axis is the outermost."""
+    sample = heads("FHW", text=text)
+    plan = calibrate_paro([(0, 0, *sample)], grid=GRID, text=text, density=0.3, by=by, sparse_share=0.99)
+    assert [ORDERS[i][0] for i in plan.orders[0, 0]] == ["F", "H", "W"]
+
+
+@pytest.mark.parametrize("density", [0.5, 0.3, 0.2])
+def test_reordering_pays(density: float) -> None:
+    """The error against that of the tokens as they come, and of random blocks."""
+    sample = heads("HW")
+    q, k, v = sample
+    exact = fastattn.attention(q, k, v)
+
+    def error(plan: ParoPlan) -> float:
+        return relative_error(paro_attention(q, k, v, plan.layer(0)), exact)
+
+    plan = calibrate_paro([(0, 0, *sample)], grid=GRID, density=density)
+    as_they_come = calibrate_paro([(0, 0, *sample)], grid=(540, 1, 1), density=density)
+    random = replace(plan, masks=_pack(_mask(torch.rand(2, 9, 9), density, 9))[None, None])
+    assert error(plan) < 0.7 * error(as_they_come)
+    assert error(plan) < 0.5 * error(random)
+
+
+def test_density_and_what_is_always_kept() -> None:
+    plan = calibrate_paro([(0, 0, *heads("FW", text=40))], grid=GRID, text=40, density=0.25)
+    mask = plan.mask(0, 0)
+    assert mask.shape == (2, 10, 10)
+    first_text = 540 // 64
+    assert mask[:, first_text:].all()
+    assert mask[:, :, first_text:].all()
+    assert mask.any(2).all()
+    kept = mask[:, :first_text, :first_text].float().mean().item()
+    assert 0.05 < kept < 0.3
+
+
+def test_samples_of_buckets_and_layers() -> None:
+    axes = {(0, 0): "F", (0, 1): "H", (1, 0): "W", (1, 1): "F"}
+    samples = [(*at, *heads(axis)) for at, axis in axes.items() for _ in range(2)]
+    plan = calibrate_paro(samples, grid=GRID, density=0.3)
+    assert {at: ORDERS[plan.orders[at].item()][0] for at in axes} == axes
+    assert [plan.bucket_of(step, 5) for step in range(5)] == [0, 0, 0, 1, 1]
+
+
+def test_save_and_load(tmp_path: Path) -> None:
+    plan = calibrate_paro([(0, 0, *heads("FH", text=7))], grid=GRID, text=7, density=0.4)
+    plan.save(tmp_path / "plan.safetensors")
+    loaded = ParoPlan.load(tmp_path / "plan.safetensors")
+    assert (loaded.grid, loaded.text, loaded.block) == (plan.grid, plan.text, plan.block)
+    assert torch.equal(loaded.orders, plan.orders)
+    assert torch.equal(loaded.masks, plan.masks)
+
+
+def test_bad_input(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    sample = (0, 0, *heads("F"))
+    for options, message in [
+        ({"density": 0.0}, "density must be in"),
+        ({"density": 0.3, "block": 32}, "block must be 64 or 128, got 32"),
+        ({"density": 0.3, "by": "luck"}, "by must be 'error' or 'blocks', got 'luck'"),
+        ({"density": 0.3, "text": 1}, r"must be \[batch, 541, heads"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            calibrate_paro([sample], grid=GRID, **options)
+    for samples in ([], [(1, *sample[1:])]):
+        with pytest.raises(ValueError, match="each bucket and layer"):
+            calibrate_paro(samples, grid=GRID, density=0.3)
+    plan = everything(GRID, 0, [0])
+    with pytest.raises(ValueError, match=r"q, k and v must be \[batch, 540, 1, head_dim\]"):
+        paro_attention(*torch.randn(3, 1, 540, 2, 16).unbind(), plan.layer(0))
+    with pytest.raises(ValueError, match="step must be in"):
+        plan.bucket_of(5, 5)
+    save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match=r"must have format fastattn\.paro\.1, got None"):
+        ParoPlan.load(tmp_path / "other.safetensors")
