@@ -171,7 +171,7 @@ struct BackwardKernel {
     wait_for(shared.kv_full, 0);
     Announcement run{};
     Score score = params.score;
-    const auto step = [&](int q_tile, auto coverage) {
+    const auto step = [&](int q_tile, auto coverage, std::uint16_t cells) {
       const int stage = position.stage;
       float scores[kTile.q / 2], dscores[kTile.q / 2];  // transposed: this warpgroup's keys × the tile's queries
       std::uint32_t weights_operand[kTile.q / 4], dscores_operand[kTile.q / 4];
@@ -179,7 +179,7 @@ struct BackwardKernel {
       KeptBits kept;
       if constexpr (kPartial) {
         const auto transposed = params.schedule.at(work.batch, run.head).transposed();
-        kept = kept_bits(transposed.tile_mask(work.k_tile, q_tile, kTransposed), shared_row, at);
+        kept = kept_bits(transposed.tile_mask(work.k_tile, q_tile, kTransposed, cells), shared_row, at);
       }
 
       shared.q_ring.wait(position);

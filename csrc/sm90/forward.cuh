@@ -221,9 +221,9 @@ struct ForwardKernel {
     };
     // Scores become weights; decay is what the output so far must be multiplied by.
     float decay[2];
-    const auto absorb = [&](int k_tile, Coverage coverage) {
+    const auto absorb = [&](int k_tile, Coverage coverage, std::uint16_t cells) {
       if (coverage == Coverage::kPartial) {
-        kept_bits(schedule.tile_mask(work.q_tile, k_tile, kTile), first_row, at).apply(scores, -kInfinity);
+        kept_bits(schedule.tile_mask(work.q_tile, k_tile, kTile, cells), first_row, at).apply(scores, -kInfinity);
       }
       if constexpr (std::is_empty_v<typename Score::State>) {
         score.absorb(state[0], AccumulatorRow<kTile.k / 2, 2>{scores});
@@ -245,11 +245,11 @@ struct ForwardKernel {
       wgmma::wait<0>();
       wgmma::pin(scores);
       release(shared.k_ring, position.k);
-      absorb(run.first, run.coverage);
+      absorb(run.first, run.coverage, run.cells);
       pack<Element>(scores, weights);
       ++run.first, --run.count;
 
-      const auto step = [&](int k_tile, auto coverage) {
+      const auto step = [&](int k_tile, auto coverage, std::uint16_t cells) {
         shared.k_ring.wait(position.k);
         turns.wait();
         issue_scores();
@@ -259,7 +259,7 @@ struct ForwardKernel {
         wgmma::wait<1>();
         wgmma::pin(scores);
         release(shared.k_ring, position.k);
-        absorb(k_tile, coverage());
+        absorb(k_tile, coverage(), cells);
         wgmma::wait<0>();
         wgmma::pin(out);
         wgmma::pin(weights);

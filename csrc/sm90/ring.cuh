@@ -93,6 +93,7 @@ struct Ring {
 struct alignas(16) Announcement {
   int first, count;  // tiles [first, first + count); a walk of no tiles is one run of none
   int head;
+  std::uint16_t cells;
   Coverage coverage;
   bool last;
 };
@@ -100,21 +101,21 @@ struct alignas(16) Announcement {
 // Calls fill(announcement) for every run that walk(report) reports as (head, run), the last one marked.
 template <class Walk, class Fill>
 __device__ void announce(Walk&& walk, Fill&& fill) {
-  Announcement pending{0, 0, 0, Coverage::kPartial, false};
+  Announcement pending{0, 0, 0, 0, Coverage::kPartial, false};
   walk([&](int head, TileRun run) {
     if (pending.count > 0) {
       fill(pending);
     }
-    pending = {run.first, run.count, head, run.coverage, false};
+    pending = {run.first, run.count, head, run.cells, run.coverage, false};
   });
   pending.last = true;
   fill(pending);
 }
 
-// body(tile, coverage) for every tile of a run.
+// body(tile, coverage, cells) for every tile of a run.
 template <class Body>
 __device__ void for_each_tile(const Announcement& run, Body&& body) {
-  fastattn::for_each_tile(TileRun{run.first, run.count, run.coverage}, body);
+  fastattn::for_each_tile(TileRun{run.first, run.count, run.coverage, run.cells}, body);
 }
 
 }  // namespace fastattn::sm90

@@ -42,7 +42,7 @@ extern "C" [[gnu::visibility("default")]] void fastattn_neighborhood_view(const 
   *kept = schedule.kept_keys(place);
   const int q_tile = group * product(schedule.q_tiling.tiles) + tile;
   const int first_k_tile = group * product(schedule.k_tiling.tiles);
-  for_each_tile(schedule, q_tile, schedule.tile_shape(), [&](int k_tile, auto coverage) {
+  for_each_tile(schedule, q_tile, schedule.tile_shape(), [&](int k_tile, auto coverage, auto) {
     visits[k_tile - first_k_tile] = coverage() == Coverage::kFull ? 2 : 1;
   });
 }

@@ -78,7 +78,7 @@ const Test visits_no_empty_tile("band: an empty tile is never visited", [] {
     const Band band{37, 61, left, right};
     const TileShape tile{8, 16};
     for (int q_tile = 0; q_tile * tile.q < band.num_q; ++q_tile) {
-      for_each_tile(band, q_tile, tile, [&](int k_tile, auto) {
+      for_each_tile(band, q_tile, tile, [&](int k_tile, auto, auto) {
         bool any = false;
         for (int q = q_tile * tile.q; q < (q_tile + 1) * tile.q; ++q) {
           for (int k = k_tile * tile.k; k < (k_tile + 1) * tile.k; ++k) {

@@ -129,7 +129,7 @@ std::vector<TileShape> tiles_of(TileShape block) {
 // Calls body(k_tile, coverage, kept pairs) for each visited tile of a query tile.
 template <class Body>
 void count_tiles(const BlockList& list, int q_tile, TileShape tile, Body&& body) {
-  for_each_tile(list, q_tile, tile, [&](int k_tile, auto coverage) {
+  for_each_tile(list, q_tile, tile, [&](int k_tile, auto coverage, auto) {
     int kept = 0;
     for (int q = q_tile * tile.q; q < (q_tile + 1) * tile.q; ++q) {
       for (int k = k_tile * tile.k; k < (k_tile + 1) * tile.k; ++k) {
@@ -209,7 +209,7 @@ const Test longest_runs("block list: equal neighbours are one run, up to the bou
         for (TileRun run{}; cursor.next(run); last = run) {
           check(run.count > 0 && run.count <= BlockList::kLongestRun, describe(problem.list, tile));
           check(last.count == BlockList::kLongestRun || run.first != last.first + last.count ||
-                    run.coverage != last.coverage,
+                    run.coverage != last.coverage || run.cells != last.cells,
                 describe(problem.list, tile));
         }
       }

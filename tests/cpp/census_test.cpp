@@ -19,7 +19,7 @@ void check_counts(const Schedule& schedule, TileShape shape, const std::string& 
   long visited = 0, full = 0, most = 0, kept = 0;
   for (int q_tile = 0; q_tile * shape.q < schedule.num_q; ++q_tile) {
     long tiles = 0;
-    for_each_tile(schedule, q_tile, shape, [&](int, auto coverage) {
+    for_each_tile(schedule, q_tile, shape, [&](int, auto coverage, auto) {
       ++tiles;
       full += coverage() == Coverage::kFull;
     });

@@ -72,8 +72,8 @@ template <class Schedule>
 void check_visited_tiles(const Schedule& schedule, const std::string& what) {
   const TileShape shape = schedule.tile_shape();
   for (int q_tile = 0; q_tile * shape.q < schedule.num_q; ++q_tile) {
-    for_each_tile(schedule, q_tile, shape, [&](int k_tile, auto) {
-      const auto mask = schedule.tile_mask(q_tile, k_tile, shape);
+    for_each_tile(schedule, q_tile, shape, [&](int k_tile, auto, std::uint16_t cells) {
+      const auto mask = schedule.tile_mask(q_tile, k_tile, shape, cells);
       bool any = false;
       for (int q = 0; q < shape.q; ++q) {
         for (int k = 0; k < shape.k; ++k) {
@@ -263,7 +263,8 @@ const Test known_masks("neighborhood: stride = window is block-diagonal, window 
   const Neighborhood past = make_neighborhood({{1}, {1}, {6, -1, 1, 1, true}}, {1, 1, 2}, {1, 1, 2});
   int full = 0;
   for (int q_tile = 0; q_tile < 3; ++q_tile) {
-    for_each_tile(past, q_tile, past.tile_shape(), [&](int, auto coverage) { full += coverage() == Coverage::kFull; });
+    for_each_tile(past, q_tile, past.tile_shape(),
+                  [&](int, auto coverage, auto) { full += coverage() == Coverage::kFull; });
   }
   check(full == 3, "causal: the tiles under the diagonal are full");
 });

@@ -121,7 +121,7 @@ struct GradientTile {
                   std::int64_t b, std::int64_t h, RowTerms terms) {
     using V = Vector<Isa>;
     KeyStream<Element, kTile, Schedule> stream{schedule, y1, y2, b, h};
-    for_each_tile(schedule, tile, kTile, [&](int y_tile, auto coverage) {
+    for_each_tile(schedule, tile, kTile, [&](int y_tile, auto coverage, std::uint16_t cells) {
       const int count = min_of(kTile.k, schedule.num_k - y_tile * kTile.k), columns = round_up<Isa>(count);
       const Panels<Isa> y1_rows{stream1, count, width}, y1_columns{stream1_columns, dim, columns};
       const Panels<Isa> y2_rows{stream2, count, width}, y2_columns{stream2_columns, dim, columns};
@@ -139,7 +139,7 @@ struct GradientTile {
 
       multiply<Isa, Update::kOverwrite>(x1, width, y1_columns, weights, kTile.k, rows);
       multiply<Isa, Update::kOverwrite>(x2, width, y2_columns, score_gradients, kTile.k, rows);
-      const auto mask = schedule.tile_mask(tile, y_tile, kTile);
+      const auto mask = schedule.tile_mask(tile, y_tile, kTile, cells);
       for (int row = 0; row < rows; ++row) {
         float *const w = weights + row * kTile.k, *const g = score_gradients + row * kTile.k;
         if constexpr (coverage() == Coverage::kPartial) {

@@ -84,7 +84,7 @@ void forward(const ForwardTensors& x, const Schedules& schedules, const Score& s
       out[i] = 0.f;
     }
     KeyStream<Element, kTile, decltype(schedule)> stream{schedule, x.k, x.v, b, h / group};
-    for_each_tile(schedule, q_tile, kTile, [&](int k_tile, auto coverage) {
+    for_each_tile(schedule, q_tile, kTile, [&](int k_tile, auto coverage, std::uint16_t cells) {
       const int count = min_of(kTile.k, num_k - k_tile * kTile.k), columns = round_up<Isa>(count);
       const Panels<Isa> k{keys, dim, columns}, v{values, count, width};
       stream.move_to(k_tile);
@@ -95,7 +95,7 @@ void forward(const ForwardTensors& x, const Schedules& schedules, const Score& s
       prefetch<Isa>(stream.rows2, dim);
 
       multiply<Isa, Update::kOverwrite>(q, width, k, scores, kTile.k, rows);
-      const auto mask = schedule.tile_mask(q_tile, k_tile, kTile);
+      const auto mask = schedule.tile_mask(q_tile, k_tile, kTile, cells);
       for (int row = 0; row < rows; ++row) {
         float* const row_scores = scores + row * kTile.k;
         if constexpr (coverage() == Coverage::kPartial) {

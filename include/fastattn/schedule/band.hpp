@@ -50,7 +50,7 @@ struct Band {
     return -left <= offset && offset <= right && 0 <= k && k < num_k && q < num_q;
   }
 
-  FASTATTN_HD constexpr TileMask tile_mask(int q_tile, int k_tile, TileShape shape) const {
+  FASTATTN_HD constexpr TileMask tile_mask(int q_tile, int k_tile, TileShape shape, std::uint16_t) const {
     const int q = q_tile * shape.q, k = k_tile * shape.k;
     return {num_q - q, num_k - k, q + (num_k - num_q) - k, left, right};
   }

@@ -6,8 +6,11 @@
 //
 // Tiles need not be blocks: a tile may be a block, a part of one, two of them, or lie across an edge. Where it meets at
 // most two blocks on either axis, it has at most 2 × 2 cells, each in one block, and is full when all its cells are.
+// The cursor reads the list; with a partial tile it yields what it read of the tile's cells, which is all that a mask
+// needs.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <limits>
 #include <numeric>
@@ -41,9 +44,9 @@ struct BlockList {
 
   enum class Share : std::uint8_t { kNothing, kSome, kAll };
 
-  struct Entry {
-    bool kept, full;
-  };
+  // A run's cells: of cell i = 2 · (in the tile's second row of blocks) + (in its second column) bit i is set if any of
+  // it is kept, and bit kFullCells + i if its block is listed as full too.
+  static constexpr int kFullCells = 4;
 
   // A row of a tile: what the band keeps, and the blocks left and right of `split`.
   struct RowMask {
@@ -62,18 +65,16 @@ struct BlockList {
     }
   };
 
-  // The list is searched once and not for each score, and not at all when the tile lies in one block and nothing is
-  // full.
   struct TileMask {
     Band::TileMask band;
-    TileShape split;           // where the tile's second blocks begin
-    std::uint32_t kept, full;  // bit 2 · (in the second row of blocks) + (in the second column)
+    TileShape split;  // where the tile's second blocks begin
+    std::uint16_t cells;
 
     FASTATTN_HD constexpr RowMask row(int q) const {
       const int first = q >= split.q ? 2 : 0;
-      const auto bit = [first](std::uint32_t bits, int column) { return (bits >> (first + column) & 1) != 0; };
+      const auto bit = [this, first](int i) { return (cells >> (first + i) & 1) != 0; };
       return {
-          band.row(q).kept, band.existing_keys(q), split.k, {bit(kept, 0), bit(kept, 1)}, {bit(full, 0), bit(full, 1)}};
+          band.row(q).kept, band.existing_keys(q), split.k, {bit(0), bit(1)}, {bit(kFullCells), bit(kFullCells + 1)}};
     }
   };
 
@@ -84,29 +85,23 @@ struct BlockList {
   }
 
   // Searches the list, in log2(count) reads. In a kernel, ask a tile_mask().
-  FASTATTN_HD constexpr bool keeps(int q, int k) const {
+  constexpr bool keeps(int q, int k) const {
     if (q < 0 || q >= num_q || k < 0 || k >= num_k) {
       return false;
     }
-    const Entry entry = find(q / block.q, k / block.k);
-    return entry.kept && (entry.full || band().keeps(q, k));
+    const int row = q / block.q, column = k / block.k;
+    const std::int64_t begin = rows.entries(row, blocks_k()), end = begin + rows.count(row);
+    const std::int64_t entry = std::lower_bound(rows.indices + begin, rows.indices + end, column) - rows.indices;
+    if (entry == end || rows.indices[entry] != column) {
+      return false;
+    }
+    return (rows.full != nullptr && rows.full[entry]) || band().keeps(q, k);
   }
 
-  FASTATTN_HD constexpr TileMask tile_mask(int q_tile, int k_tile, TileShape shape) const {
+  FASTATTN_HD constexpr TileMask tile_mask(int q_tile, int k_tile, TileShape shape, std::uint16_t cells) const {
     const int row = q_tile * shape.q / block.q, column = k_tile * shape.k / block.k;
     const TileShape split{(row + 1) * block.q - q_tile * shape.q, (column + 1) * block.k - k_tile * shape.k};
-    TileMask mask{band().tile_mask(q_tile, k_tile, shape), split, 1, 0};
-    const bool one_block = shape.q <= split.q && shape.k <= split.k;
-    if (one_block && rows.full == nullptr) {
-      return mask;
-    }
-    mask.kept = 0;
-    for (int bit = 0; bit < (one_block ? 1 : 4); ++bit) {
-      const Entry entry = find(row + bit / 2, column + bit % 2);
-      mask.kept |= std::uint32_t{entry.kept} << bit;
-      mask.full |= std::uint32_t{entry.full} << bit;
-    }
-    return mask;
+    return {band().tile_mask(q_tile, k_tile, shape, cells), split, cells};
   }
 
   FASTATTN_HD constexpr int query_token(int slot) const { return slot < num_q ? slot : -1; }
@@ -138,24 +133,6 @@ struct BlockList {
     }
     const bool ragged = q_end - q < cell.q || k_end - k < cell.k;
     return all && !ragged ? Share::kAll : Share::kSome;
-  }
-
-  FASTATTN_HD constexpr Entry find(int row, int column) const {
-    if (row >= blocks_q() || column >= blocks_k()) {
-      return {false, false};
-    }
-    const std::int64_t begin = rows.entries(row, blocks_k());
-    int low = 0, high = rows.count(row);
-    while (low < high) {
-      const int middle = (low + high) / 2;
-      if (rows.indices[begin + middle] < column) {
-        low = middle + 1;
-      } else {
-        high = middle;
-      }
-    }
-    const bool kept = low < rows.count(row) && rows.indices[begin + low] == column;
-    return {kept, kept && rows.full != nullptr && rows.full[begin + low]};
   }
 };
 
@@ -191,7 +168,7 @@ struct BlockList::Cursor {
     }
     run = ahead;
     for (find_tile(); ahead.count != 0 && ahead.first == run.first + run.count && ahead.coverage == run.coverage &&
-                      run.count < kLongestRun;
+                      ahead.cells == run.cells && run.count < kLongestRun;
          find_tile()) {
       ++run.count;
     }
@@ -208,23 +185,30 @@ struct BlockList::Cursor {
       }
       const int tile = max_of(next_tile, block * list.block.k / shape.k);
       next_tile = tile + 1;
-      bool any = false;
+      std::uint32_t cells = 0;
       int full_scores = 0;
-      read_tile(first, q_first, q_split, tile, any, full_scores);
-      read_tile(second, q_split, q_first + shape.q, tile, any, full_scores);
-      ahead = {tile, any, full_scores == shape.q * shape.k ? Coverage::kFull : Coverage::kPartial};
+      read_tile(first, q_first, q_split, tile, 0, cells, full_scores);
+      read_tile(second, q_split, q_first + shape.q, tile, 2, cells, full_scores);
+      const bool full = full_scores == shape.q * shape.k;
+      ahead = {tile, cells != 0, full ? Coverage::kFull : Coverage::kPartial,
+               static_cast<std::uint16_t>(full ? 0 : cells)};
     }
   }
 
-  // Adds up what queries [q, q_end) keep of a tile, and leaves behind the blocks that end in it.
-  FASTATTN_HD constexpr void read_tile(BlockRowReader& reader, int q, int q_end, int tile, bool& any,
-                                       int& full_scores) {
+  // Adds up what queries [q, q_end) keep of a tile, whose cells begin with cell `first_cell`, and leaves behind the
+  // blocks that end in it.
+  FASTATTN_HD constexpr void read_tile(BlockRowReader& reader, int q, int q_end, int tile, int first_cell,
+                                       std::uint32_t& cells, int& full_scores) {
     const int k_begin = tile * shape.k, k_end = k_begin + shape.k;
     while (reader.block < block_end && reader.block * list.block.k < k_end) {
       const int k = max_of(k_begin, reader.block * list.block.k);
       const TileShape cell{q_end - q, min_of(k_end, (reader.block + 1) * list.block.k) - k};
       const Share share = list.share(q, k, cell, reader.full);
-      any = any || share != Share::kNothing;
+      if (share != Share::kNothing) {
+        // The second column's block begins in the tile, the first one's before it or with it.
+        const int i = first_cell + (reader.block * list.block.k > k_begin);
+        cells |= (1u | std::uint32_t{reader.full} << kFullCells) << i;
+      }
       full_scores += share == Share::kAll ? cell.q * cell.k : 0;
       const int block_end_k = (reader.block + 1) * list.block.k;
       if (block_end_k <= k_end) {

@@ -250,7 +250,7 @@ struct NeighborhoodSchedule {
     }
   };
 
-  FASTATTN_HD constexpr TileMask tile_mask(int q_tile, int k_tile, TileShape) const {
+  FASTATTN_HD constexpr TileMask tile_mask(int q_tile, int k_tile, TileShape, std::uint16_t) const {
     return {*this, place_of_tile(q_tiling, q_tile), place_of_tile(k_tiling, k_tile)};
   }
 

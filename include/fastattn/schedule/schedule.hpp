@@ -28,6 +28,10 @@ enum class Coverage : std::uint8_t { kPartial, kFull };
 struct TileRun {
   int first, count;
   Coverage coverage;
+  // Of partial tiles, what the cursor has read and tile_mask() would have to read again: it is told these bits, and
+  // their meaning is the schedule's own. 0 in full tiles, and where the tile's number says it all. No more bits than
+  // are needed: in the registers of a producer that reads a list, a word of its own would be spilled.
+  std::uint16_t cells = 0;
 };
 
 // Coverage as a type, so that a body compiles its masked and its unmasked form separately.
@@ -70,22 +74,25 @@ FASTATTN_HD constexpr std::uint32_t lane_bits(Interval kept, int first) {
 }
 
 template <class S>
-concept TileSchedule = std::is_trivially_copyable_v<S> && requires(const S schedule, TileShape shape, int q, int k) {
-  { schedule.num_q } -> std::convertible_to<int>;
-  { schedule.num_k } -> std::convertible_to<int>;
-  { schedule.keeps(q, k) } -> std::same_as<bool>;  // false outside [0, num_q) × [0, num_k)
-  { schedule.runs(q, shape) } -> RunCursor;        // key tiles of query tile q
-  // keeps() inside one tile that runs() yields, tile_mask(q_tile, k_tile, shape): slots are counted from the tile's
-  // first, and what the scores of a tile or of a row have in common is found once.
-  { schedule.tile_mask(q, k, shape).row(q).keeps(k) } -> std::same_as<bool>;
-  { schedule.tile_mask(q, k, shape).row(q).lane_bits(k) } -> std::same_as<std::uint32_t>;  // of at most 128 keys
-  { schedule.query_token(q) } -> std::same_as<int>;  // of a slot in [0, num_q) or after; −1: no token
-  { schedule.key_token(k) } -> std::same_as<int>;
-  // The tokens of a tile as something to copy: where its first one lies, and the shape of the whole.
-  schedule.query_origin(q, shape), schedule.key_origin(k, shape);
-  schedule.query_box(shape), schedule.key_box(shape);
-  schedule.transposed();  // the same mask with queries and keys exchanged, for the backward
-};
+concept TileSchedule =
+    std::is_trivially_copyable_v<S> && requires(const S schedule, TileShape shape, int q, int k, std::uint16_t cells) {
+      { schedule.num_q } -> std::convertible_to<int>;
+      { schedule.num_k } -> std::convertible_to<int>;
+      { schedule.keeps(q, k) } -> std::same_as<bool>;  // false outside [0, num_q) × [0, num_k)
+      { schedule.runs(q, shape) } -> RunCursor;        // key tiles of query tile q
+      // keeps() inside one partial tile that runs() yields with these cells, tile_mask(q_tile, k_tile, shape, cells):
+      // slots are counted from the tile's first, and what the scores of a tile or of a row have in common is found
+      // once. It reads no memory: on a GPU every thread asks for it between two products. Lane bits are of at most 128
+      // keys.
+      { schedule.tile_mask(q, k, shape, cells).row(q).keeps(k) } -> std::same_as<bool>;
+      { schedule.tile_mask(q, k, shape, cells).row(q).lane_bits(k) } -> std::same_as<std::uint32_t>;
+      { schedule.query_token(q) } -> std::same_as<int>;  // of a slot in [0, num_q) or after; −1: no token
+      { schedule.key_token(k) } -> std::same_as<int>;
+      // The tokens of a tile as something to copy: where its first one lies, and the shape of the whole.
+      schedule.query_origin(q, shape), schedule.key_origin(k, shape);
+      schedule.query_box(shape), schedule.key_box(shape);
+      schedule.transposed();  // the same mask with queries and keys exchanged, for the backward
+    };
 
 // The schedules of all heads, which share their slots: the numbers of them and the tokens in them.
 template <class S>
@@ -93,17 +100,17 @@ concept ScheduleFamily = std::is_trivially_copyable_v<S> && requires(const S sch
   { schedules.at(batch, head) } -> TileSchedule;
 };
 
-// Visits every tile of a run: body(k_tile, coverage).
+// Visits every tile of a run: body(k_tile, coverage, cells).
 template <class Body>
 FASTATTN_HD constexpr void for_each_tile(TileRun run, Body&& body) {
   const int end = run.first + run.count;
   if (run.coverage == Coverage::kFull) {
     for (int k_tile = run.first; k_tile < end; ++k_tile) {
-      body(k_tile, CoverageTag<Coverage::kFull>{});
+      body(k_tile, CoverageTag<Coverage::kFull>{}, run.cells);
     }
   } else {
     for (int k_tile = run.first; k_tile < end; ++k_tile) {
-      body(k_tile, CoverageTag<Coverage::kPartial>{});
+      body(k_tile, CoverageTag<Coverage::kPartial>{}, run.cells);
     }
   }
 }
@@ -118,7 +125,7 @@ FASTATTN_HD constexpr void for_each_tile(const Schedule& schedule, int q_tile, T
 }
 
 // The law every schedule obeys: each kept score is visited exactly once, a full tile holds nothing but kept scores, and
-// the mask of a visited tile is keeps(). Quadratic in the problem; for tests.
+// the mask of a partial tile is keeps(). Quadratic in the problem; for tests.
 template <TileSchedule Schedule>
 constexpr bool is_exact(const Schedule& schedule, TileShape shape) {
   for (int q_tile = 0; q_tile * shape.q < schedule.num_q; ++q_tile) {
@@ -127,10 +134,10 @@ constexpr bool is_exact(const Schedule& schedule, TileShape shape) {
     int last_tile = -1;
     long visited = 0;
     bool honest = true;
-    for_each_tile(schedule, q_tile, shape, [&](int k_tile, auto coverage) {
+    for_each_tile(schedule, q_tile, shape, [&](int k_tile, auto coverage, std::uint16_t cells) {
       honest = honest && k_tile > last_tile;  // ascending, hence no tile twice
       last_tile = k_tile;
-      const auto mask = schedule.tile_mask(q_tile, k_tile, shape);
+      const auto mask = schedule.tile_mask(q_tile, k_tile, shape, cells);
       for (int q = 0; q < shape.q; ++q) {
         const auto row = mask.row(q);
         const std::uint32_t bits[4] = {row.lane_bits(0), row.lane_bits(2), row.lane_bits(4), row.lane_bits(6)};
@@ -138,7 +145,7 @@ constexpr bool is_exact(const Schedule& schedule, TileShape shape) {
           const bool kept = schedule.keeps(q_begin + q, k_tile * shape.k + k);
           visited += kept;
           const bool bit = k < 128 ? (bits[k % 8 / 2] >> (k / 8 * 2 + k % 2) & 1) != 0 : kept;
-          honest = honest && row.keeps(k) == kept && bit == kept && (kept || coverage() == Coverage::kPartial);
+          honest = honest && (coverage() == Coverage::kFull ? kept : row.keeps(k) == kept && bit == kept);
         }
       }
     });
