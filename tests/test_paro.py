@@ -163,6 +163,8 @@ def test_bad_input(tmp_path: Path) -> None:
         ({"density": 0.0}, "density must be in"),
         ({"density": 0.3, "block": 32}, "block must be 64 or 128, got 32"),
         ({"density": 0.3, "by": "luck"}, "by must be 'error' or 'blocks', got 'luck'"),
+        ({"density": 0.3, "alpha": 2.0}, r"alpha must be in \[0, 1\], got 2.0"),
+        ({"density": 0.3, "text": -1}, "text at least 0"),
         ({"density": 0.3, "text": 1}, r"must be \[batch, 541, heads"),
     ]:
         with pytest.raises(ValueError, match=message):
@@ -170,6 +172,8 @@ def test_bad_input(tmp_path: Path) -> None:
     for samples in ([], [(1, *sample[1:])]):
         with pytest.raises(ValueError, match="each bucket and layer"):
             calibrate_paro(samples, grid=GRID, density=0.3)
+    with pytest.raises(ValueError, match="bucket 0, layer 0 must follow each other"):
+        calibrate_paro([sample, (0, 1, *sample[2:]), sample], grid=GRID, density=0.3)
     plan = everything(GRID, 0, [0])
     with pytest.raises(ValueError, match=r"q, k and v must be \[batch, 540, 1, head_dim\]"):
         paro_attention(*torch.randn(3, 1, 540, 2, 16).unbind(), plan.layer(0))

@@ -127,6 +127,7 @@ def paro_attention(q: Tensor, k: Tensor, v: Tensor, layer: ParoLayer, *, scale: 
     return _gather(out, layer.places)
 
 
+@torch.no_grad()
 def calibrate_paro(
     samples: Iterable[tuple[int, int, Tensor, Tensor, Tensor]],
     *,
@@ -160,8 +161,12 @@ def calibrate_paro(
 
     Raises:
         ValueError: for values that are not allowed, for tensors that do not fit ``grid`` and ``text``, and if a bucket
-            lacks a layer.
+            lacks a layer or samples of one layer are parted by others.
     """
+    if min(grid) < 1 or text < 0:
+        raise ValueError(f"calibrate_paro: grid must be positive and text at least 0, got {grid} and {text}")
+    if not 0 <= alpha <= 1:
+        raise ValueError(f"calibrate_paro: alpha must be in [0, 1], got {alpha}")
     if not 0 < density <= 1:
         raise ValueError(f"calibrate_paro: density must be in (0, 1], got {density}")
     if block not in (64, 128):
@@ -202,7 +207,11 @@ def calibrate_paro(
         chosen = torch.stack([x for x in sums if isinstance(x, Tensor)])[choice, torch.arange(len(choice))]
         return choice.to("cpu", torch.uint8), _pack(_mask(chosen, density, first_dense)).cpu()
 
-    layers = {at: layer_of(x[2:] for x in group) for at, group in groupby(samples, key=lambda x: (x[0], x[1]))}
+    layers: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+    for at, group in groupby(samples, key=lambda x: (x[0], x[1])):
+        if at in layers:
+            raise ValueError(f"calibrate_paro: samples of bucket {at[0]}, layer {at[1]} must follow each other")
+        layers[at] = layer_of(x[2:] for x in group)
     buckets, depth = (max((at[axis] for at in layers), default=-1) + 1 for axis in (0, 1))
     if not layers or len(layers) != buckets * depth:
         raise ValueError(
