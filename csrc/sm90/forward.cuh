@@ -6,9 +6,8 @@
 // The rings run on from one query tile to the next, whose first loads thus hide under the last products of the one
 // before and under the store of its output.
 //
-// S of the next tile is issued before P V of the last one, so the score policy runs under a product of its own
-// warpgroup; warpgroups take turns at issuing, so it runs under the others' products as well (FlashAttention-3, arXiv
-// 2407.08608).
+// S of the next tile is issued together with P V of the last one, and warpgroups take turns at issuing, so that the
+// score policy of one runs under the products of the others (FlashAttention-3, arXiv 2407.08608).
 #pragma once
 
 #include <cutlass/arch/reg_reconfig.h>
