@@ -34,11 +34,15 @@ def tokens_of(seq: int, *, batch: int = 2, heads: int = 3, head_dim: int = 64, d
 def numbers(quantized: QuantizedTokens) -> Tensor:
     """The values as they are, float64 [batch, tokens, heads, head_dim]."""
     values = quantized.values
-    if quantized.format == "int4":
+    if values.dtype == torch.uint8:
         low, high = (values & 15).int(), (values >> 4).int()
         values = torch.stack([torch.where(half > 7, half - 16, half) for half in (low, high)], -1).flatten(-2)
     values = values.double()
-    return values[..., : quantized.tokens].permute(0, 3, 1, 2) if quantized.transpose else values
+    if quantized.transpose:
+        place = torch.arange(values.shape[-1])  # of token 16 a + 8 b + 2 g + e: 16 a + 4 g + 2 b + e
+        place = place - place % 16 + place % 8 // 2 * 4 + place % 16 // 8 * 2 + place % 2
+        values = values[..., place[: quantized.tokens]].permute(0, 3, 1, 2)
+    return values
 
 
 def half_step(quantized: QuantizedTokens, x: Tensor, scales: Tensor) -> Tensor:
@@ -110,8 +114,8 @@ def test_every_bit(format: str, group: dict, dtype: torch.dtype, smooth: bool) -
     expected = expected_bits(x, format, group.get("group"), group.get("transpose", False), quantized.mean)
     assert torch.equal(numbers(quantized), expected)
     assert numbers(quantized).abs().amax() == LARGEST[format]  # each group reaches its end
-    if "transpose" in group and format != "int4":
-        assert torch.count_nonzero(quantized.values[..., 300:].float()) == 0
+    if "transpose" in group and format != "int4":  # the padding is zeros
+        assert torch.count_nonzero(quantized.values.float()) == torch.count_nonzero(expected)
 
 
 @each_format
@@ -292,6 +296,17 @@ def test_what_is_not_finite_shows_in_its_group_alone(format: str, group: dict, b
     assert torch.count_nonzero(numbers(quantized)[expected]) == 0
 
 
+@each_group
+def test_unpacked_values_are_the_packed_ones(group: dict) -> None:
+    x = tokens_of(150)
+    packed = quantize_tokens(x, format="int4", **group)
+    unpacked = quantize_tokens(x, format="int4", packed=False, **group)
+    assert unpacked.values.dtype == torch.int8
+    assert torch.equal(numbers(packed), numbers(unpacked))
+    assert torch.equal(packed.scales, unpacked.scales)
+    assert torch.equal(packed.dequantize(), unpacked.dequantize())
+
+
 def test_two_values_in_a_byte() -> None:
     x = torch.arange(-7.0, 9.0).clamp(max=7)[None, None, None]
     assert quantize_tokens(x, format="int4").values.flatten().tolist() == [
@@ -363,6 +378,10 @@ BAD = {
     "group of transposed": (
         {"group": 8, "transpose": True},
         "with transpose a scale is of all tokens and group must be left out, got 8",
+    ),
+    "packed int8": (
+        {"packed": False},
+        'packed must be left out where format is not "int4", got "int8"',
     ),
     "permutation's length": (
         {"permutation": torch.arange(9)},

@@ -44,6 +44,12 @@ extern const NeighborhoodAttentionKernels kNeighborhoodAttentionAvx2, kNeighborh
 using SigmoidAttentionKernels = Kernels<SigmoidAttention, SigmoidAttentionBackward>;
 extern const SigmoidAttentionKernels kSigmoidAttentionAvx2, kSigmoidAttentionAvx512;
 
+struct QuantizedAttentionKernels {
+  void (*of_band)(const QuantizedAttention& problem, const Band& band, const Threads& threads);
+  void (*of_blocks)(const QuantizedAttention& problem, const BlockLists& blocks, const Threads& threads);
+};
+extern const QuantizedAttentionKernels kQuantizedAttentionAvx2, kQuantizedAttentionAvx512;
+
 struct QuantizeTokensKernels {
   void (*run)(const QuantizeTokens& problem, const Threads& threads);
 };
@@ -61,19 +67,6 @@ const Table* best_of(const Table& avx2, const Table& avx512) {
       break;
   }
   return nullptr;
-}
-
-// Calls function.operator()<Element>() for the element type of `dtype`.
-template <class Function>
-void with_element(DType dtype, Function&& function) {
-  switch (dtype) {
-    case DType::kFloat32:
-      return function.template operator()<float>();
-    case DType::kFloat16:
-      return function.template operator()<Float16>();
-    case DType::kBFloat16:
-      return function.template operator()<BFloat16>();
-  }
 }
 
 }  // namespace fastattn::cpu

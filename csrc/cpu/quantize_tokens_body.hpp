@@ -13,6 +13,8 @@ void quantize_tokens(const QuantizeTokens& p, const Threads& threads) {
       return quantize_tokens<Isa, Element, Int8>(p, threads);
     case TokenFormat::kInt4:
       return quantize_tokens<Isa, Element, Int4>(p, threads);
+    case TokenFormat::kInt4InByte:
+      return quantize_tokens<Isa, Element, Int4InByte>(p, threads);
     case TokenFormat::kFloat8:
       return quantize_tokens<Isa, Element, Float8E4M3>(p, threads);
   }

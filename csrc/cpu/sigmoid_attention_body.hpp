@@ -13,7 +13,7 @@ constexpr SigmoidAttentionKernels sigmoid_attention_kernels() {
       [](const SigmoidAttention& p, const Band& band, const Threads& threads) {
         const Sigmoid score{p.scale * kLog2E, p.bias * kLog2E, p.head_bias};
         with_element(p.q.dtype, [&]<class Element>() {
-          forward<Isa, Element>({p.q, p.k, p.v, p.out, nullptr}, band, score, threads);
+          forward<Isa>(PlainOperands<Element>{p.q, p.k, p.v, p.out}, band, score, threads);
         });
       },
       [](const SigmoidAttentionBackward& problem, const Band& band, const Threads& threads) {

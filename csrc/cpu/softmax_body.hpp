@@ -17,8 +17,8 @@ constexpr Table softmax_kernels() {
   return {
       [](const typename Table::Forward& p, const Schedules& schedules, const Threads& threads) {
         with_element(p.q.dtype, [&]<class Element>() {
-          forward<Isa, Element, kTiles.forward>({p.q, p.k, p.v, p.out, p.lse}, schedules, Softmax{p.scale * kLog2E},
-                                                threads);
+          const PlainOperands<Element> operands{p.q, p.k, p.v, p.out, p.lse};
+          forward<Isa, kTiles.forward>(operands, schedules, Softmax{p.scale * kLog2E}, threads);
         });
       },
       [](const typename Table::Backward& problem, const Schedules& schedules, const Threads& threads) {

@@ -19,6 +19,10 @@ const char* name_of(DType dtype) {
       return "float16";
     case DType::kBFloat16:
       return "bfloat16";
+    case DType::kInt8:
+      return "int8";
+    case DType::kFloat8:
+      return "float8_e4m3fn";
   }
   return "an unknown dtype";
 }
@@ -30,6 +34,8 @@ struct Named {
   const char* name;
   const TensorView& view;
 };
+
+bool has_low_bits(const TensorView& view) { return view.dtype == DType::kInt8 || view.dtype == DType::kFloat8; }
 
 Status check_dtype(const char* op, Named tensor) {
   const DType dtype = tensor.view.dtype;
@@ -98,16 +104,12 @@ Status check_like(const char* op, Named tensor, Named like, DType dtype) {
   return status.ok() ? check_shape(op, tensor, like) : status;
 }
 
-// What every op has: its three inputs and the scale.
+// What every op has: queries, keys and the scale.
 template <class Problem>
-Status check_inputs(const char* op, const Problem& problem) {
-  const TensorView &q = problem.q, &k = problem.k, &v = problem.v;
-  const DType dtype = q.dtype;
-  if (Status status = check_dtype(op, {"q", q}); !status.ok()) {
-    return status;
-  }
-  for (const Named tensor : {Named{"q", q}, Named{"k", k}, Named{"v", v}}) {
-    if (Status status = check_layout(op, tensor, dtype); !status.ok()) {
+Status check_queries_and_keys(const char* op, const Problem& problem) {
+  const TensorView &q = problem.q, &k = problem.k;
+  for (const Named tensor : {Named{"q", q}, Named{"k", k}}) {
+    if (Status status = check_layout(op, tensor, q.dtype); !status.ok()) {
       return status;
     }
   }
@@ -129,25 +131,37 @@ Status check_inputs(const char* op, const Problem& problem) {
       return status;
     }
   }
-  if (Status status = check_shape(op, {"v", v}, {"k", k}); !status.ok()) {
-    return status;
-  }
   if (!std::isfinite(problem.scale) || problem.scale <= 0.f) {
     return failure("%s: scale must be finite and positive, got %g", op, static_cast<double>(problem.scale));
   }
   return {};
 }
 
-// The same of an op over a band, which has a window as well.
+// Those, and values of the same dtype.
 template <class Problem>
-Status check_band_inputs(const char* op, const Problem& problem) {
-  if (Status status = check_inputs(op, problem); !status.ok()) {
+Status check_inputs(const char* op, const Problem& problem) {
+  if (Status status = check_dtype(op, {"q", problem.q}); !status.ok()) {
     return status;
   }
+  if (Status status = check_queries_and_keys(op, problem); !status.ok()) {
+    return status;
+  }
+  return check_like(op, {"v", problem.v}, {"k", problem.k}, problem.q.dtype);
+}
+
+template <class Problem>
+Status check_window(const char* op, const Problem& problem) {
   if (Status status = check_window_side(op, "left", problem.window.left); !status.ok()) {
     return status;
   }
   return check_window_side(op, "right", problem.window.right);
+}
+
+// The inputs of an op over a band.
+template <class Problem>
+Status check_band_inputs(const char* op, const Problem& problem) {
+  const Status status = check_inputs(op, problem);
+  return status.ok() ? check_window(op, problem) : status;
 }
 
 template <class Problem>
@@ -200,8 +214,9 @@ Status check_block_rows(const char* op, const char* name, const BlockRows& rows,
 }
 
 // The shape of the lists. Their contents are in the device's memory, and trusted.
-Status check_blocks(const char* op, const BlockSparseAttention& problem) {
-  const auto& [first, batch, heads] = problem.blocks;
+template <class Problem>
+Status check_blocks(const char* op, const Problem& problem, const BlockLists& blocks) {
+  const auto& [first, batch, heads] = blocks;
   if (first.num_q != problem.q.seq() || first.num_k != problem.k.seq()) {
     return failure("%s: blocks must be of %lld queries and %lld keys, as q and k are, got %d and %d", op,
                    Long{problem.q.seq()}, Long{problem.k.seq()}, first.num_q, first.num_k);
@@ -227,7 +242,7 @@ Status check_blocks(const char* op, const BlockSparseAttention& problem) {
 
 Status check_block_sparse(const char* op, const BlockSparseAttention& problem) {
   const Status status = check_inputs(op, problem);
-  return status.ok() ? check_blocks(op, problem) : status;
+  return status.ok() ? check_blocks(op, problem, problem.blocks) : status;
 }
 
 Status check_axis(const char* op, const NeighborhoodAxis& axis, int a) {
@@ -317,6 +332,37 @@ Status check_group(const char* op, const QuantizeTokens& problem) {
   return failure("%s: group must be 1, 8, 16 or 32, got %lld", op, Long{problem.group});
 }
 
+Status check_permutation(const char* op, const char* name, const Permutation& permutation, Named of) {
+  const auto& [order, batch, heads] = permutation;
+  if (order != nullptr && ((batch != 1 && batch != of.view.batch()) || (heads != 1 && heads != of.view.heads()))) {
+    return failure("%s: %s must be of 1 or %lld batch entries and 1 or %lld heads, got %lld and %lld", op, name,
+                   Long{of.view.batch()}, Long{of.view.heads()}, Long{batch}, Long{heads});
+  }
+  return {};
+}
+
+// Values of 8 bits, transposed, or of more, as they are.
+Status check_values(const char* op, const QuantizedAttention& problem) {
+  const TensorView &k = problem.k, &v = problem.v;
+  if (!has_low_bits(v)) {
+    return check_like(op, {"v", v}, {"k", k}, v.dtype);
+  }
+  if (Status status = check_layout(op, {"v", v}, v.dtype); !status.ok()) {
+    return status;
+  }
+  const std::int64_t shape[4] = {k.batch(), k.heads(), k.head_dim(), padded_tokens(k.seq())};
+  std::int64_t stride = 1;
+  for (int axis = 3; axis >= 0; --axis) {
+    if (v.shape[axis] != shape[axis] || (v.size() > 0 && shape[axis] > 1 && v.stride[axis] != stride)) {
+      return failure("%s: v of 8 bits must be contiguous [%lld, %lld, %lld, %lld], got [%lld, %lld, %lld, %lld]", op,
+                     Long{shape[0]}, Long{shape[1]}, Long{shape[2]}, Long{shape[3]}, Long{v.shape[0]}, Long{v.shape[1]},
+                     Long{v.shape[2]}, Long{v.shape[3]});
+    }
+    stride *= shape[axis];
+  }
+  return v.size() > 0 && problem.v_scales == nullptr ? failure("%s: v_scales has no data", op) : Status{};
+}
+
 }  // namespace
 
 Status failure(const char* format, ...) {
@@ -392,6 +438,34 @@ Status validate(const SigmoidAttentionBackward& problem) {
   return status.ok() ? check_gradients(op, problem) : status;
 }
 
+Status validate(const QuantizedAttention& problem) {
+  const char* op = "quantized_attention";
+  const Named q{"q", problem.q};
+  if (!has_low_bits(problem.q)) {
+    return failure("%s: q must be int8 or float8_e4m3fn, got %s", op, name_of(problem.q.dtype));
+  }
+  if (Status status = check_queries_and_keys(op, problem); !status.ok()) {
+    return status;
+  }
+  if (Status status = check_values(op, problem); !status.ok()) {
+    return status;
+  }
+  const Named out{"out", problem.out};
+  const DType out_dtype = has_low_bits(problem.v) ? problem.out.dtype : problem.v.dtype;
+  for (const Status& status : {check_dtype(op, out), check_like(op, out, q, out_dtype),
+                               problem.blocks ? check_blocks(op, problem, *problem.blocks) : check_window(op, problem),
+                               check_permutation(op, "order", problem.order, q)}) {
+    if (!status.ok()) {
+      return status;
+    }
+  }
+  const bool lacks_q = problem.q.size() > 0 && problem.q_scales == nullptr;
+  if (lacks_q || (problem.k.size() > 0 && problem.k_scales == nullptr)) {
+    return failure("%s: %s has no data", op, lacks_q ? "q_scales" : "k_scales");
+  }
+  return {};
+}
+
 Status validate(const QuantizeTokens& problem) {
   const char* op = "quantize_tokens";
   const Named x{"x", problem.x};
@@ -401,10 +475,8 @@ Status validate(const QuantizeTokens& problem) {
       return status;
     }
   }
-  const auto& [order, batch, heads] = problem.permutation;
-  if (order != nullptr && ((batch != 1 && batch != problem.x.batch()) || (heads != 1 && heads != problem.x.heads()))) {
-    return failure("%s: permutation must be of 1 or %lld batch entries and 1 or %lld heads, got %lld and %lld", op,
-                   Long{problem.x.batch()}, Long{problem.x.heads()}, Long{batch}, Long{heads});
+  if (Status status = check_permutation(op, "permutation", problem.permutation, x); !status.ok()) {
+    return status;
   }
   if (problem.x.size() > 0 && (problem.values == nullptr || problem.scales == nullptr)) {
     return failure("%s: %s has no data", op, problem.values == nullptr ? "values" : "scales");

@@ -26,6 +26,7 @@ Status validate(const NeighborhoodAttention& problem);
 Status validate(const NeighborhoodAttentionBackward& problem);
 Status validate(const SigmoidAttention& problem);
 Status validate(const SigmoidAttentionBackward& problem);
+Status validate(const QuantizedAttention& problem);
 Status validate(const QuantizeTokens& problem);
 
 // Rows of results; zero means that the forward has nothing to write.

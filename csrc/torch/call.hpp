@@ -55,14 +55,22 @@ inline std::string name_of(const torch::stable::Device& device) {
   return device.is_cpu() ? type : type + ":" + std::to_string(device.index());
 }
 
+// Of a type that Call has let pass.
+inline DType dtype_of(ScalarType type) {
+  return type == ScalarType::Float           ? DType::kFloat32
+         : type == ScalarType::Half          ? DType::kFloat16
+         : type == ScalarType::Char          ? DType::kInt8
+         : type == ScalarType::Float8_e4m3fn ? DType::kFloat8
+                                             : DType::kBFloat16;
+}
+
+inline bool has_low_bits(ScalarType type) { return type == ScalarType::Char || type == ScalarType::Float8_e4m3fn; }
+
 inline TensorView view(const Tensor& tensor) {
   TensorView view{.data = tensor.data_ptr()};
   std::ranges::copy(tensor.sizes(), view.shape);
   std::ranges::copy(tensor.strides(), view.stride);
-  const ScalarType type = tensor.scalar_type();
-  view.dtype = type == ScalarType::Float  ? DType::kFloat32
-               : type == ScalarType::Half ? DType::kFloat16
-                                          : DType::kBFloat16;
+  view.dtype = dtype_of(tensor.scalar_type());
   return view;
 }
 
@@ -122,9 +130,15 @@ class Call {
 
   Tensor input(const char* name, const Tensor& tensor) const {
     check(name, tensor);
-    require(last_dim_is_contiguous(tensor), op_, ": ", name, " must be contiguous in its last dimension, got strides ",
-            list(tensor.strides()));
-    return Place::addresses(tensor) ? tensor : compact_copy(tensor);
+    return addressable(name, tensor);
+  }
+
+  // Queries or keys of 8 bits.
+  Tensor low_bit_input(const char* name, const Tensor& tensor) const {
+    check_axes(name, tensor);
+    require(has_low_bits(tensor.scalar_type()), op_, ": ", name, " must be int8 or float8_e4m3fn, got ",
+            tensor.scalar_type());
+    return addressable(name, tensor);
   }
 
   // Autograd makes gradients in any layout, expanded ones among them.
@@ -140,6 +154,21 @@ class Call {
             type, " ", axes, " = ", list(shape), ", got ", tensor.scalar_type(), " ", list(tensor.sizes()));
     check_device(name, tensor);
     return torch::stable::contiguous(tensor);
+  }
+
+  // The order of the tokens of a tensor of `batch` entries and `heads` heads. `tensor` is kept for the core to read.
+  Permutation permutation(const char* name, std::optional<Tensor>& tensor, std::int64_t batch, std::int64_t tokens,
+                          std::int64_t heads) const {
+    if (!tensor) {
+      return {};
+    }
+    const auto extent = [&](int axis, std::int64_t of_tokens) {
+      return tensor->dim() == 3 && tensor->sizes()[axis] == 1 ? 1 : of_tokens;
+    };
+    const Permutation permutation{nullptr, extent(0, batch), extent(1, heads)};
+    tensor = array(name, *tensor, ScalarType::Int, "[batch or 1, heads or 1, tokens]",
+                   {permutation.batch, permutation.heads, tokens});
+    return {tensor->const_data_ptr<std::int32_t>(), permutation.batch, permutation.heads};
   }
 
   // One float for each row of q.
@@ -160,12 +189,22 @@ class Call {
 
  private:
   void check(const char* name, const Tensor& tensor) const {
-    require(tensor.dim() == 4, op_, ": ", name, " must have 4 dimensions, [batch, seq, heads, head_dim], got ",
-            list(tensor.sizes()));
-    check_device(name, tensor);
+    check_axes(name, tensor);
     const ScalarType type = tensor.scalar_type();
     require(type == ScalarType::Float || type == ScalarType::Half || type == ScalarType::BFloat16, op_, ": ", name,
             " must be float32, float16 or bfloat16, got ", type);
+  }
+
+  void check_axes(const char* name, const Tensor& tensor) const {
+    require(tensor.dim() == 4, op_, ": ", name, " must have 4 dimensions, [batch, seq, heads, head_dim], got ",
+            list(tensor.sizes()));
+    check_device(name, tensor);
+  }
+
+  Tensor addressable(const char* name, const Tensor& tensor) const {
+    require(last_dim_is_contiguous(tensor), op_, ": ", name, " must be contiguous in its last dimension, got strides ",
+            list(tensor.strides()));
+    return Place::addresses(tensor) ? tensor : compact_copy(tensor);
   }
 
   void check_device(const char* name, const Tensor& tensor) const {

@@ -16,20 +16,23 @@ struct Format {
   ScalarType type;
 };
 
-Format format_of(const std::string& name) {
+Format format_of(const std::string& name, bool packed) {
   require(name == "int8" || name == "int4" || name == "fp8", kOp,
           ": format must be \"int8\", \"int4\" or \"fp8\", got \"", name, "\"");
-  return name == "int8"   ? Format{TokenFormat::kInt8, ScalarType::Char}
-         : name == "int4" ? Format{TokenFormat::kInt4, ScalarType::Byte}
-                          : Format{TokenFormat::kFloat8, ScalarType::Float8_e4m3fn};
+  require(packed || name == "int4", kOp, ": packed must be left out where format is not \"int4\", got \"", name, "\"");
+  return name == "int8"  ? Format{TokenFormat::kInt8, ScalarType::Char}
+         : name == "fp8" ? Format{TokenFormat::kFloat8, ScalarType::Float8_e4m3fn}
+         : packed        ? Format{TokenFormat::kInt4, ScalarType::Byte}
+                         : Format{TokenFormat::kInt4InByte, ScalarType::Char};
 }
 
 template <class Place>
 std::tuple<Tensor, Tensor, Tensor> quantize_tokens(Tensor x, std::optional<Tensor> permutation, std::string format,
-                                                   std::optional<std::int64_t> group, bool smooth, bool transpose) {
+                                                   std::optional<std::int64_t> group, bool smooth, bool transpose,
+                                                   bool packed) {
   const Call<Place> call(kOp, x, "x");
   x = call.input("x", x);
-  const auto [token_format, type] = format_of(format);
+  const auto [token_format, type] = format_of(format, packed);
   const std::int64_t batch = x.sizes()[0], tokens = x.sizes()[1], heads = x.sizes()[2], dim = x.sizes()[3];
   QuantizeTokens problem;
   problem.x = view(x);
@@ -37,16 +40,7 @@ std::tuple<Tensor, Tensor, Tensor> quantize_tokens(Tensor x, std::optional<Tenso
   problem.transpose = transpose;
   problem.group = group.value_or(transpose ? kAllTokens : 1);
   require(problem.group >= 0, kOp, ": group must not be negative, got ", problem.group);
-  if (permutation) {
-    const auto extent = [&](int axis, std::int64_t of_x) {
-      return permutation->dim() == 3 && permutation->sizes()[axis] == 1 ? 1 : of_x;
-    };
-    problem.permutation.batch = extent(0, batch);
-    problem.permutation.heads = extent(1, heads);
-    permutation = call.array("permutation", *permutation, ScalarType::Int, "[batch or 1, heads or 1, tokens]",
-                             {problem.permutation.batch, problem.permutation.heads, tokens});
-    problem.permutation.order = permutation->const_data_ptr<std::int32_t>();
-  }
+  problem.permutation = call.permutation("permutation", permutation, batch, tokens, heads);
   const Place place(x);
 
   using Shape = std::vector<std::int64_t>;

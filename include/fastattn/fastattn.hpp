@@ -6,6 +6,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <optional>
 
 #include "fastattn/operand/low_bit.hpp"
 #include "fastattn/schedule/block_list.hpp"
@@ -200,24 +201,65 @@ constexpr std::int64_t num_groups(std::int64_t tokens, std::int64_t group) {
 // The length of a row of transposed tokens: whole steps of WGMMA's contraction, and whole units of TMA at 4 bits too.
 constexpr std::int64_t padded_tokens(std::int64_t tokens) { return ceil_div(tokens, std::int64_t{32}) * 32; }
 
-// The order in which tokens leave: token i is token order[i] of x. [batch or 1, heads or 1, tokens]
+// The token in a slot of such a row. A thread holds weights of tokens 2 g, 2 g + 1, 2 g + 8 and 2 g + 9 of sixteen in a
+// WGMMA accumulator, where g is its place in a quad; as an operand of 8 bits the next product takes them to be its
+// slots 4 g … 4 g + 3. In this order of the values they are what it takes them for.
+FASTATTN_HD constexpr std::int64_t token_in_slot(std::int64_t slot) {
+  return slot / 16 * 16 + slot % 4 / 2 * 8 + slot % 16 / 4 * 2 + slot % 2;
+}
+
+// An order of tokens: token i of the new one is token order[i]. [batch or 1, heads or 1, tokens]
 struct Permutation {
   const std::int32_t* order = nullptr;  // null: as they are
   std::int64_t batch = 1, heads = 1;
+
+  // The order of one head.
+  FASTATTN_HD const std::int32_t* at(std::int64_t b, std::int64_t h, std::int64_t tokens) const {
+    return order == nullptr ? nullptr : order + ((batch == 1 ? 0 : b) * heads + (heads == 1 ? 0 : h)) * tokens;
+  }
 };
 
 struct QuantizeTokens {
   TensorView x;  // [batch, tokens, heads, head_dim]
   TokenFormat format = TokenFormat::kInt8;
-  void* values = nullptr;   // [batch, tokens, heads, head_dim], contiguous; two in a byte at 4 bits, the first one low
+  void* values = nullptr;   // [batch, tokens, heads, head_dim], contiguous; two in a byte for kInt4, the first one low
   float* scales = nullptr;  // [batch, heads, num_groups(tokens, group)]
   float* mean = nullptr;    // [batch, heads, head_dim]: of the tokens, subtracted from them; null: it is not
   std::int64_t group = 1;   // one of kTokenGroups
-  bool transpose = false;  // values [batch, heads, head_dim, padded_tokens(tokens)], scales like mean, group kAllTokens
+  // Values [batch, heads, head_dim, padded_tokens(tokens)], in the order of token_in_slot(), scales like mean, group
+  // kAllTokens.
+  bool transpose = false;
   Permutation permutation;  // an entry that names no token gives zeros
 };
 
 Status quantize_tokens(const QuantizeTokens& problem, const Threads& threads);
 Status quantize_tokens(const QuantizeTokens& problem, Stream stream);
+
+// quantized_attention: `attention`, or `block_sparse_attention`, on queries and keys of 8 bits and values of 8 or 16.
+
+inline constexpr std::int64_t kKeyGroup = 32;  // keys that share a scale: a thread needs one for a tile of 128 keys
+
+struct QuantizedAttention {
+  // As quantize_tokens leaves them, of kInt8 or kFloat8: q with group 1, k with group kKeyGroup.
+  TensorView q;                     // [batch, seq_q, heads, head_dim]
+  TensorView k;                     // [batch, seq_k, kv_heads, head_dim]; heads is a multiple of kv_heads
+  const float* q_scales = nullptr;  // [batch, heads, seq_q]
+  const float* k_scales = nullptr;  // [batch, kv_heads, num_groups(seq_k, kKeyGroup)]
+  const float* key_term = nullptr;  // [batch, heads, seq_k], added to the scaled scores of a key; may be null
+  // Transposed, of kInt8 or kFloat8: contiguous [batch, kv_heads, head_dim, padded_tokens(seq_k)]. Or as they are, like
+  // k, of any other dtype.
+  TensorView v;
+  const float* v_scales = nullptr;  // [batch, kv_heads, head_dim]; null for values as they are
+  TensorView out;                   // [batch, seq_q, heads, head_dim], of the dtype of values as they are
+  float* lse = nullptr;             // [batch, heads, seq_q], contiguous
+  float scale = 1.f;
+  Window window;
+  std::optional<BlockLists> blocks;  // instead of the window
+  Permutation order;                 // row i of the result is token order[i] of `out` and `lse`
+  void* workspace = nullptr;         // kForwardWorkspace bytes
+};
+
+Status quantized_attention(const QuantizedAttention& problem, const Threads& threads);
+Status quantized_attention(const QuantizedAttention& problem, Stream stream);
 
 }  // namespace fastattn

@@ -35,6 +35,21 @@ FASTATTN_HD constexpr T ceil_div(T a, T b) {
 FASTATTN_HD float exp2(float x) { return ::exp2f(x); }
 FASTATTN_HD float log2(float x) { return ::log2f(x); }
 FASTATTN_HD float fused_multiply_add(float a, float b, float c) { return ::fmaf(a, b, c); }
+// Not less than the exact product or difference on a GPU, where that is free; elsewhere to nearest.
+FASTATTN_HD float multiply_up(float a, float b) {
+#if defined(__CUDA_ARCH__)
+  return __fmul_ru(a, b);
+#else
+  return a * b;
+#endif
+}
+FASTATTN_HD float subtract_up(float a, float b) {
+#if defined(__CUDA_ARCH__)
+  return __fsub_ru(a, b);
+#else
+  return a - b;
+#endif
+}
 FASTATTN_HD float minus_magnitude(float x) {
 #if defined(__CUDA_ARCH__)
   // Part of the instruction that takes it. With fast math fabsf and the minus flush denormals, in an instruction each.

@@ -7,9 +7,11 @@
 
 namespace fastattn {
 
-enum class DType : std::uint8_t { kFloat32, kFloat16, kBFloat16 };
+enum class DType : std::uint8_t { kFloat32, kFloat16, kBFloat16, kInt8, kFloat8 };
 
-constexpr int size_of(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
+constexpr int size_of(DType dtype) {
+  return dtype == DType::kFloat32 ? 4 : dtype == DType::kInt8 || dtype == DType::kFloat8 ? 1 : 2;
+}
 
 struct TensorView {
   void* data = nullptr;

@@ -14,6 +14,7 @@ from .neighborhood_attention import neighborhood_attention
 from .paro import ParoPlan, calibrate_paro, paro_attention
 from .plan import plan
 from .quantize_tokens import QuantizedTokens, quantize_tokens
+from .quantized_attention import quantized_attention
 from .sigmoid_attention import sigmoid_attention
 
 _library.load()
@@ -32,5 +33,6 @@ __all__ = [
     "paro_attention",
     "plan",
     "quantize_tokens",
+    "quantized_attention",
     "sigmoid_attention",
 ]

@@ -21,7 +21,7 @@ class _Storage(NamedTuple):
 
 _STORAGE = {
     "int8": _Storage(torch.int8, 1),
-    "int4": _Storage(torch.uint8, 2),
+    "int4": _Storage(torch.uint8, 2),  # packed, that is
     "fp8": _Storage(torch.float8_e4m3fn, 1),
 }
 
@@ -31,9 +31,11 @@ class QuantizedTokens:
     """What `quantize_tokens` made of ``[batch, tokens, heads, head_dim]``.
 
     Args:
-        values: int8, float8_e4m3fn or, for int4, uint8 with two values in a byte, the first one in its low half.
-            ``[batch, tokens, heads, head_dim]``; with ``transpose`` ``[batch, heads, head_dim, padded tokens]``, where
-            the tokens are padded with zeros to a multiple of 32. With int4 the last dimension is half as long.
+        values: int8, float8_e4m3fn or, for int4, uint8 with two values in a byte, the first one in its low half, unless
+            they were asked for unpacked. ``[batch, tokens, heads, head_dim]``; with ``transpose`` ``[batch, heads,
+            head_dim, padded tokens]``, where the tokens are padded with zeros to a multiple of 32, and of each 16 come
+            in the order 0, 1, 8, 9, 2, 3, 10, 11, …, 7, 14, 15, in which a GPU's matrix products take them. Packed, the
+            last dimension is half as long.
         scales: float32 ``[batch, heads, groups]``; with ``transpose`` ``[batch, heads, head_dim]``. 0 for a group of
             zeros, NaN for one that was not finite.
         mean: float32 ``[batch, heads, head_dim]``, what was subtracted from every token; None without ``smooth``.
@@ -53,9 +55,10 @@ class QuantizedTokens:
 
     def dequantize(self) -> Tensor:
         """The tokens again, float32 ``[batch, tokens, heads, head_dim]``, with their mean and in their new order."""
-        values = _unpack(self.values) if self.format == "int4" else self.values.float()
+        values = _unpack(self.values) if self.values.dtype == torch.uint8 else self.values.float()
         if self.transpose:
-            tokens = (values * self.scales[..., None])[..., : self.tokens].permute(0, 3, 1, 2)
+            in_order: Tensor = values.unflatten(-1, (-1, 4, 2, 2)).transpose(-2, -3).flatten(-4)
+            tokens = (in_order * self.scales[..., None])[..., : self.tokens].permute(0, 3, 1, 2)
         else:
             scales = self.scales[..., _group_of(self.tokens, self.group or 1, self.scales.device)]
             tokens = values * scales.transpose(1, 2)[..., None]
@@ -69,6 +72,7 @@ def quantize_tokens(
     group: int | None = None,
     smooth: bool = False,
     transpose: bool = False,
+    packed: bool = True,
     permutation: Tensor | None = None,
 ) -> QuantizedTokens:
     r"""Tokens rounded to 8 or 4 bits, ``x ≈ scale · value (+ mean)``, as 8-bit matrix products read them.
@@ -91,6 +95,7 @@ def quantize_tokens(
             tokens, and None is all there is.
         smooth: subtract each channel's mean over the tokens of a head.
         transpose: make tokens the last dimension, as the values of attention are multiplied.
+        packed: with "int4", two values in a byte of a uint8; False: one, of int8, as 8-bit matrix products read them.
         permutation: token i of the result is token ``permutation[..., i]`` of x: int32 or int64, ``[tokens]`` or
             ``[batch or 1, heads or 1, tokens]``. An entry that names no token gives zeros.
 
@@ -110,7 +115,7 @@ def quantize_tokens(
         permutation = permutation[None, None] if permutation.dim() == 1 else permutation
         permutation = permutation.int() if permutation.dtype == torch.int64 else permutation
     values, scales, mean = torch.ops.fastattn.quantize_tokens(
-        x, permutation, format=format, group=group, smooth=smooth, transpose=transpose
+        x, permutation, format=format, group=group, smooth=smooth, transpose=transpose, packed=packed
     )
     return QuantizedTokens(
         values, scales, mean if smooth else None, format, None if transpose else group or 1, transpose, x.shape[1]
@@ -137,9 +142,10 @@ def _fake(
     group: int | None = None,
     smooth: bool = False,
     transpose: bool = False,
+    packed: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch, tokens, heads, head_dim = x.shape
-    dtype, per_byte = _STORAGE[format]
+    dtype, per_byte = _STORAGE[format if packed else "int8"]
     if transpose:
         shape, groups = (batch, heads, head_dim, (tokens + 31) // 32 * 32 // per_byte), head_dim
     else:
@@ -160,7 +166,7 @@ register(
     Op(
         name="quantize_tokens",
         schema='(Tensor x, Tensor? permutation=None, *, str format="int8", int? group=None, bool smooth=False, '
-        "bool transpose=False) -> (Tensor values, Tensor scales, Tensor mean)",
+        "bool transpose=False, bool packed=True) -> (Tensor values, Tensor scales, Tensor mean)",
         fake=_fake,
         flops=_flops,
         why_no_gradient="rounding has none. Detach x.",

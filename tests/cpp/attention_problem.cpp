@@ -22,10 +22,9 @@ float Tensor::get(std::int64_t b, std::int64_t s, std::int64_t h, std::int64_t d
       return to_float(view_.row<Float16>(b, s, h)[d]);
     case DType::kBFloat16:
       return to_float(view_.row<BFloat16>(b, s, h)[d]);
-    case DType::kFloat32:
-      break;
+    default:
+      return view_.row<float>(b, s, h)[d];
   }
-  return view_.row<float>(b, s, h)[d];
 }
 
 void Tensor::set(std::int64_t b, std::int64_t s, std::int64_t h, std::int64_t d, float x) {
@@ -36,7 +35,7 @@ void Tensor::set(std::int64_t b, std::int64_t s, std::int64_t h, std::int64_t d,
     case DType::kBFloat16:
       view_.row<BFloat16>(b, s, h)[d] = from_float<BFloat16>(x);
       return;
-    case DType::kFloat32:
+    default:
       view_.row<float>(b, s, h)[d] = x;
   }
 }

@@ -55,7 +55,7 @@ void encode(const float* x, int count, float inverse, std::uint8_t* to) {
     for (int i = 0; i < count; ++i) {
       to[i] = from_float<Float8E4M3>(x[i] * inverse).bits;
     }
-  } else if constexpr (std::is_same_v<Format, Int8>) {
+  } else if constexpr (Format::kBits == 8) {
     for (int i = 0; i < count; ++i) {
       to[i] = static_cast<std::uint8_t>(round_product(x[i], inverse));
     }
@@ -111,18 +111,18 @@ void survey(const TensorView& x, std::int64_t b, std::int64_t h, const Channels&
   }
 }
 
-// A tile of tokens less their mean; zeros where there is no token.
+// A tile of tokens less their mean, in the order of their slots if they are to be transposed; zeros where there is no
+// token.
 template <class Isa, class Element>
 void load_tokens(float* tile, const QuantizeTokens& p, std::int64_t b, std::int64_t h, std::int64_t first, int count,
                  const float* mean) {
   using V = Vector<Isa>;
   const int dim = static_cast<int>(p.x.head_dim()), width = round_up<Isa>(dim);
   const std::int64_t tokens = p.x.seq();
-  const auto& [order, batch, heads] = p.permutation;
-  const std::int32_t* const own =
-      order == nullptr ? nullptr : order + ((batch == 1 ? 0 : b) * heads + (heads == 1 ? 0 : h)) * tokens;
+  const std::int32_t* const order = p.permutation.at(b, h, tokens);
   for (int i = 0; i < count; ++i, tile += width) {
-    const std::int64_t place = first + i, token = place >= tokens || own == nullptr ? place : own[place];
+    const std::int64_t place = first + (p.transpose ? token_in_slot(i) : i);
+    const std::int64_t token = place >= tokens || order == nullptr ? place : order[place];
     const bool exists = token >= 0 && token < tokens;
     for (int d = 0; d < width; d += V::kWidth) {
       const V some =

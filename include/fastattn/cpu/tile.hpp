@@ -9,6 +9,22 @@
 
 namespace fastattn::cpu {
 
+// Calls function.operator()<Element>() for the element type of `dtype`, which has 16 bits or more.
+template <class Function>
+void with_element(DType dtype, Function&& function) {
+  switch (dtype) {
+    case DType::kFloat32:
+      return function.template operator()<float>();
+    case DType::kFloat16:
+      return function.template operator()<Float16>();
+    case DType::kBFloat16:
+      return function.template operator()<BFloat16>();
+    case DType::kInt8:
+    case DType::kFloat8:
+      break;
+  }
+}
+
 // The tokens in a tile's slots; −1 where there is none.
 template <int kSlots>
 struct TileTokens {

@@ -11,7 +11,7 @@
 #include <immintrin.h>
 #pragma GCC diagnostic pop
 
-#include "fastattn/operand/element.hpp"
+#include "fastattn/operand/low_bit.hpp"
 
 namespace fastattn::cpu {
 
@@ -44,6 +44,17 @@ struct Vector<Avx2> {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
   }
   static Vector load(const Float16* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+  static Vector load(const std::int8_t* p) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+  }
+  static Vector load(const Float8E4M3* p) {  // as to_float()
+    const __m256i bits = _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+    const __m256i magnitude = _mm256_and_si256(bits, _mm256_set1_epi32(0x7f));
+    const __m256i sign = _mm256_and_si256(bits, _mm256_set1_epi32(static_cast<int>(0x80000000u)));
+    const __m256i nan = _mm256_slli_epi32(_mm256_cmpeq_epi32(magnitude, _mm256_set1_epi32(0x7f)), 20);
+    const __m256 scaled = _mm256_castsi256_ps(_mm256_or_si256(_mm256_slli_epi32(magnitude, 20), sign));
+    return _mm256_or_ps(_mm256_mul_ps(scaled, _mm256_set1_ps(0x1p120f)), _mm256_castsi256_ps(nan));
+  }
   void store(float* p) const { _mm256_storeu_ps(p, lanes); }
 
   friend Vector operator+(Vector a, Vector b) { return _mm256_add_ps(a.lanes, b.lanes); }
@@ -124,6 +135,18 @@ struct Vector<Avx512> {
   }
   static Vector load(const Float16* p) {
     return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  }
+  static Vector load(const std::int8_t* p) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+  }
+  static Vector load(const Float8E4M3* p) {  // as to_float()
+    const __m512i bits = _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    const __m512i magnitude = _mm512_and_si512(bits, _mm512_set1_epi32(0x7f));
+    const __m512i sign = _mm512_and_si512(bits, _mm512_set1_epi32(static_cast<int>(0x80000000u)));
+    const __mmask16 nan = _mm512_cmpeq_epi32_mask(magnitude, _mm512_set1_epi32(0x7f));
+    const __m512 scaled = _mm512_castsi512_ps(_mm512_or_si512(_mm512_slli_epi32(magnitude, 20), sign));
+    return _mm512_mask_blend_ps(nan, _mm512_mul_ps(scaled, _mm512_set1_ps(0x1p120f)),
+                                _mm512_set1_ps(std::numeric_limits<float>::quiet_NaN()));
   }
   void store(float* p) const { _mm512_storeu_ps(p, lanes); }
 

@@ -5,7 +5,7 @@
 
 namespace fastattn {
 
-enum class TokenFormat : std::uint8_t { kInt8, kInt4, kFloat8 };
+enum class TokenFormat : std::uint8_t { kInt8, kInt4, kInt4InByte, kFloat8 };
 
 // Integers leave out their most negative value: what can be held is symmetric.
 struct Int8 {
@@ -18,13 +18,28 @@ struct Int4 {
   static constexpr int kBits = 4;
 };
 
+// Weights of a softmax, which are not negative.
+struct UInt8 {
+  static constexpr float kLargest = 255.f;
+  static constexpr float kLargestLog2 = 7.99435343685886f;
+};
+
+// The values of Int4, each in a byte of its own, where 8-bit matrix products read them.
+struct Int4InByte {
+  static constexpr float kLargest = Int4::kLargest;
+  static constexpr int kBits = 8;
+};
+
 // OCP's E4M3, torch's float8_e4m3fn: no infinities; 0x7f and 0xff are NaN. What is too large becomes the largest value,
 // as a GPU's conversion has it.
 struct Float8E4M3 {
   static constexpr float kLargest = 448.f;
+  static constexpr float kLargestLog2 = 8.80735492205760f;
   static constexpr int kBits = 8;
   std::uint8_t bits;
 };
+
+FASTATTN_HD constexpr float to_float(std::int8_t x) { return x; }
 
 constexpr int bits_of(TokenFormat format) { return format == TokenFormat::kInt4 ? Int4::kBits : Int8::kBits; }
 

@@ -42,15 +42,19 @@ struct RowResult {
 // Masked scores arrive as −∞ and must weigh exactly 0. `lse2` is the row's log-sum-exp in base 2, +∞ for a row that
 // keeps nothing; `delta` is Σ(output · output gradient) − the gradient of the row's log-sum-exp.
 template <class P, class Row>
-concept ScorePolicy = ScoreRow<Row> && requires(const P policy, typename P::State& state, Row row, float x, int head) {
-  { P::kRescales } -> std::convertible_to<bool>;       // does absorbing a tile rescale the output so far?
-  { P::kRowStatistics } -> std::convertible_to<bool>;  // does the backward need lse2 and delta?
-  { P::kBiasGradient } -> std::convertible_to<bool>;  // is there a bias for each head, with the sum of score gradients?
-  { policy.at(head) } -> std::same_as<P>;             // the policy of one head
+concept ForwardPolicy = ScoreRow<Row> && requires(const P policy, typename P::State& state, Row row, int head) {
+  { P::kRescales } -> std::convertible_to<bool>;                    // does absorbing a tile rescale the output so far?
+  { policy.at(head) } -> std::same_as<P>;                           // the policy of one head
   { policy.absorb(state, row) } -> std::same_as<float>;             // scores become weights; returns that factor
   { policy.finish(state, Identity{}) } -> std::same_as<RowResult>;  // with the reduction of a sum over the row's lanes
-  { policy.weight(x)(x) } -> std::same_as<float>;                   // backward: weight(lse2)(score)
-  { policy.score_gradient(x, x, x) } -> std::same_as<float>;        // backward: (weight, weight gradient, delta)
+};
+
+template <class P, class Row>
+concept ScorePolicy = ForwardPolicy<P, Row> && requires(const P policy, float x) {
+  { P::kRowStatistics } -> std::convertible_to<bool>;  // does the backward need lse2 and delta?
+  { P::kBiasGradient } -> std::convertible_to<bool>;  // is there a bias for each head, with the sum of score gradients?
+  { policy.weight(x)(x) } -> std::same_as<float>;     // backward: weight(lse2)(score)
+  { policy.score_gradient(x, x, x) } -> std::same_as<float>;  // backward: (weight, weight gradient, delta)
 };
 
 }  // namespace fastattn

@@ -5,7 +5,13 @@
 
 namespace fastattn {
 
-struct Softmax {
+// The factor of scores that come in units of log 2 already: a constant, which costs no instruction.
+struct One {
+  constexpr operator float() const { return 1.f; }
+};
+
+template <class Scale>
+struct SoftmaxBy {
   // The row so far: a score near its largest in units of log 2, and this lane's share of the sum of weights relative to
   // that. The product is kept, not the score: rounded anew for each tile, a base that stays would decay the row by an
   // error of its own, and a thousand tiles by a thousand times that.
@@ -19,9 +25,9 @@ struct Softmax {
   static constexpr bool kRowStatistics = true;
   static constexpr bool kBiasGradient = false;
 
-  float scale_log2;  // scale · log2(e): one multiply-add and one ex2 per score
+  Scale scale_log2;  // scale · log2(e): one multiply-add and one ex2 per score
 
-  FASTATTN_HD Softmax at(int) const { return *this; }
+  FASTATTN_HD SoftmaxBy at(int) const { return *this; }
 
   FASTATTN_HD float absorb(State& state, ScoreRow auto row) const {
     const float max_log2 = row.max() * scale_log2;
@@ -44,7 +50,7 @@ struct Softmax {
 
   template <class T>
   FASTATTN_HD auto weight(T lse2) const {
-    return [scale = scale_log2, lse2](auto score) { return exp2(score * scale - lse2); };
+    return [scale = scale_log2, lse2](auto score) { return exp2(score * float{scale} - lse2); };
   }
 
   template <class T>
@@ -52,5 +58,7 @@ struct Softmax {
     return weight * (weight_gradient - delta);
   }
 };
+
+using Softmax = SoftmaxBy<float>;
 
 }  // namespace fastattn

@@ -171,6 +171,40 @@ def masked_sigmoid_attention(
     return torch.einsum("bhqk,bkhd->bqhd", weights, v)
 
 
+def quantized_attention(
+    q: Tensor, k: Tensor, v: Tensor, keep: Tensor, *, pv: str, scale: float | None = None, key_tile: int = 128
+) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp of queries and keys that are rounded already, with weights rounded for the values.
+
+    Args:
+        q, k, v: as numbers, that is dequantized; ``v`` in "int8" and "fp8" too, since its scales are of channels.
+        keep: bool ``[seq_q, seq_k]``, or with any dimensions in front that expand to ``[batch, heads]``.
+        pv: "int8" rounds weights to 255ths of the greatest of their row in a tile of ``key_tile`` keys, "fp8" to e4m3
+            with that one at 448, and sums them up before; anything else leaves them.
+    """
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+    k, v = (x.repeat_interleave(q.shape[2] // k.shape[2], dim=2) for x in (k, v))
+    scores = (scale * torch.einsum("bqhd,bkhd->bhqk", q, k)).masked_fill(~keep, -math.inf)
+    lse = scores.logsumexp(-1)
+    base = scores.amax(-1, keepdim=True).clamp(min=torch.finfo(q.dtype).min)
+    weights, total = torch.zeros_like(scores), torch.zeros_like(lse)
+    for first in range(0, k.shape[1], key_tile):
+        tile = scores[..., first : first + key_tile]
+        largest = tile.amax(-1, keepdim=True).clamp(min=torch.finfo(q.dtype).min)
+        weight = (tile - largest).exp()
+        rounded = weight
+        if pv == "int8":
+            rounded = weight = (255 * weight).round() / 255
+        elif pv == "fp8":
+            rounded = (448 * weight).to(torch.float8_e4m3fn).to(q.dtype) / 448
+        weights[..., first : first + key_tile] = rounded * (largest - base).exp()
+        total += (weight * (largest - base).exp()).sum(-1)
+    weights = torch.where(total[..., None] > 0, weights / total[..., None], 0)
+    if pv == "int8":
+        lse = torch.where(total > 0, base[..., 0] + total.log(), -math.inf)
+    return torch.einsum("bhqk,bkhd->bqhd", weights, v), lse
+
+
 def quantize_tokens(
     x: Tensor,
     *,
