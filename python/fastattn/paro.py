@@ -54,7 +54,7 @@ class ParoPlan:
         """The bucket of one of the sampler's steps."""
         if not 0 <= step < steps:
             raise ValueError(f"ParoPlan: step must be in 0 ... {steps - 1}, got {step}")
-        return step * len(self.orders) // steps
+        return bucket_of(step, steps, len(self.orders))
 
     def mask(self, bucket: int, layer: int) -> Tensor:
         """Bool ``[heads, blocks, blocks]``."""
@@ -63,12 +63,10 @@ class ParoPlan:
     def layer(self, layer: int, *, bucket: int = 0, device: torch.device | str = "cpu") -> ParoLayer:
         """To be made once, and used in each step of the bucket."""
         every = torch.stack([token_order(order, self.grid, self.text) for order in ORDERS])
-        tokens = every[self.orders[bucket, layer].long()]
-        mask = self.mask(bucket, layer)[None]
-        blocks = BlockList.from_mask(
-            mask.to(device), seq_q=self.seq, seq_k=self.seq, block_size=(self.block, self.block)
-        )
-        return ParoLayer(tokens.to(device), tokens.argsort().to(device), blocks)
+        tokens = every[self.orders[bucket, layer].long()].to(device)
+        mask = _unpack(self.masks[bucket, layer].to(device), -(-self.seq // self.block))[None]
+        blocks = BlockList.from_mask(mask, seq_q=self.seq, seq_k=self.seq, block_size=(self.block, self.block))
+        return ParoLayer(tokens, tokens.argsort(), blocks)
 
     def save(self, path: Path | str) -> None:
         """As safetensors: some ``seq² / (8 block²)`` bytes for each head. Needs ``pip install 'fastattn[paro]'``."""
@@ -225,6 +223,11 @@ def calibrate_paro(
         )
 
     return ParoPlan(grid, text, block, table(0), table(1))
+
+
+def bucket_of(step: int, steps: int, buckets: int) -> int:
+    """Buckets are of equally many steps, but for rounding."""
+    return step * buckets // steps
 
 
 def token_order(order: str, grid: tuple[int, int, int], text: int = 0) -> Tensor:
