@@ -1,0 +1,1 @@
+"""fastattn inside other libraries' models. Each module needs the extra of its name."""
