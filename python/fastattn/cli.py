@@ -8,6 +8,8 @@ import typer
 app = typer.Typer(help="Fused attention kernels.", no_args_is_help=True, add_completion=False)
 plots = typer.Typer(help="Pictures.", no_args_is_help=True)
 app.add_typer(plots, name="plot")
+paros = typer.Typer(help="Plans of PARO.", no_args_is_help=True)
+app.add_typer(paros, name="paro")
 
 DeviceOption = Annotated[str, typer.Option(help="cpu or cuda; by default the GPU where its kernels run, else the CPU.")]
 
@@ -114,6 +116,33 @@ def neighborhood(
         )
     except ValueError as error:
         _fail("plot neighborhood", error)
+
+
+@paros.command()
+def show(
+    plan: Annotated[Path, typer.Argument(help="What ParoPlan.save wrote.", exists=True, dir_okay=False)],
+    bucket: Annotated[int, typer.Option(help="Of timesteps.")] = 0,
+    layer: int = 0,
+    head: Annotated[list[int] | None, typer.Option(help="To draw; may be repeated; by default the first 12.")] = None,
+    samples: Annotated[
+        Path | None,
+        typer.Option(
+            help="Queries and keys of the layer, q and k in a safetensors file: draws attention weights.",
+            exists=True,
+            dir_okay=False,
+        ),
+    ] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The picture, a PNG file.")] = Path("paro.png"),
+) -> None:
+    """Show the order and the density of each head, and draw its blocks as tokens come and in its order."""
+    from rich.console import Console
+
+    from . import paro_show as module
+
+    try:
+        module.run(plan, output, Console(), bucket=bucket, layer=layer, heads=head, samples=samples)
+    except (ImportError, ValueError) as error:
+        _fail("paro show", error)
 
 
 def _extents(name: str, text: str) -> tuple[int, ...]:

@@ -60,6 +60,12 @@ class ParoPlan:
         """Bool ``[heads, blocks, blocks]``."""
         return _unpack(self.masks[bucket, layer], -(-self.seq // self.block))
 
+    def density(self, bucket: int, layer: int) -> Tensor:
+        """The share of all scores that each head computes, float32 ``[heads]``."""
+        mask = self.mask(bucket, layer).double()
+        tokens = (self.seq - self.block * torch.arange(mask.shape[1])).clamp(max=self.block).double()
+        return (mask @ tokens @ tokens / self.seq**2).float()
+
     def layer(self, layer: int, *, bucket: int = 0, device: torch.device | str = "cpu") -> ParoLayer:
         """To be made once, and used in each step of the bucket."""
         every = torch.stack([token_order(order, self.grid, self.text) for order in ORDERS])
@@ -85,9 +91,13 @@ class ParoPlan:
             ValueError: if the file holds something else.
         """
         _require_safetensors()
-        from safetensors import safe_open
+        from safetensors import SafetensorError, safe_open
 
-        with safe_open(path, "pt") as file:
+        try:
+            opened = safe_open(path, "pt")
+        except SafetensorError as error:
+            raise ValueError(f"ParoPlan: {path} must be a safetensors file: {error}") from None
+        with opened as file:
             metadata = file.metadata() or {}
             if metadata.get("format") != FORMAT:
                 raise ValueError(f"ParoPlan: {path} must have format {FORMAT}, got {metadata.get('format')}")
