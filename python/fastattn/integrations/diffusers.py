@@ -23,7 +23,7 @@ HOOK = "fastattn"
 
 
 @dataclass(frozen=True)
-class Run:
+class _Run:
     """One run of a model."""
 
     bucket: int
@@ -32,10 +32,10 @@ class Run:
     device: torch.device
 
 
-Attend: TypeAlias = Callable[[int, Tensor, Tensor, Tensor], Tensor | None]
+_Attend: TypeAlias = Callable[[int, Tensor, Tensor, Tensor], Tensor | None]
 """Of a layer and its q, k and v, ``[batch, seq, heads, head_dim]``: the output, or None for the model's own."""
 
-Begin: TypeAlias = Callable[[Run], Attend | None]
+_Begin: TypeAlias = Callable[[_Run], _Attend | None]
 """Called before each run: what attends in it, or None for the model as it is."""
 
 
@@ -66,7 +66,7 @@ def apply_paro(model: nn.Module, plan: ParoPlan, *, scheduler: Any = None) -> Ex
         )
     held: dict[tuple[int, torch.device], list[ParoLayer]] = {}
 
-    def begin(run: Run) -> Attend:
+    def begin(run: _Run) -> _Attend:
         if (run.grid, run.text) != (plan.grid, plan.text):
             raise ValueError(
                 f"apply_paro: the model must run on the plan's grid {plan.grid} and text {plan.text}, "
@@ -89,7 +89,7 @@ def record_attention(
     buckets: int = 1,
     scheduler: Any = None,
 ) -> ExitStack:
-    """Hands samples for ``calibrate_paro`` to ``sink`` while a model runs, such as the ``append`` of a list.
+    """Hands samples for ``calibrate_paro`` to ``sink`` while a model runs, such as to the ``append`` of a list.
 
     They come from the first run in each bucket of timesteps, layer by layer: ``(bucket, layer, q, k, v)``, after norms
     and rotary embedding, on the model's device. The model's results keep their bits. A run of CogVideoX-5B on 49
@@ -97,10 +97,17 @@ def record_attention(
     one layer at a time.
 
     Arguments, what is returned and what is raised as for ``apply_paro``.
+
+    Example:
+        >>> samples = []
+        >>> with record_attention(pipe.transformer, samples.append):
+        ...     pipe(prompt, num_inference_steps=1)
+        >>> bucket, layer, q, k, v = samples[3]
+        >>> save_file({"q": q.contiguous(), "k": k.contiguous()}, "layer3.safetensors")  # paro show --layer 3 --samples
     """
     seen: set[int] = set()
 
-    def begin(run: Run) -> Attend | None:
+    def begin(run: _Run) -> _Attend | None:
         if run.bucket in seen:
             return None
         seen.add(run.bucket)
@@ -115,14 +122,14 @@ def record_attention(
 
 def calibrate_model(
     model: nn.Module,
-    run: Callable[[], object],
+    generate: Callable[[], object],
     *,
     density: float,
     buckets: int = 1,
     scheduler: Any = None,
     **options: Any,
 ) -> ParoPlan:
-    """A plan for a model, found while ``run()`` runs it, such as ``lambda: pipe(prompt)``.
+    """A plan for a model, found while ``generate()`` runs it, such as ``lambda: pipe(prompt)``.
 
     From the first run of the model in each bucket. Each layer is calibrated as its queries, keys and values come, and
     none is kept; the model waits meanwhile. Grid and text are those of the videos that it is run on.
@@ -132,12 +139,12 @@ def calibrate_model(
         density, options: as for ``calibrate_paro``.
 
     Raises:
-        ValueError: as ``apply_paro`` and ``calibrate_paro``; if ``run`` leaves out a bucket, or if it changes grid or
-            text.
+        ValueError: as ``apply_paro`` and ``calibrate_paro``; if ``generate`` leaves out a bucket, or if it changes
+            grid or text.
     """
     parts: dict[tuple[int, int], ParoPlan] = {}
 
-    def begin(run: Run) -> Attend | None:
+    def begin(run: _Run) -> _Attend | None:
         if (run.bucket, 0) in parts:
             return None
 
@@ -149,20 +156,20 @@ def calibrate_model(
         return attend
 
     with _attach(model, begin, buckets, scheduler):
-        run()
+        generate()
     ran = sorted({bucket for bucket, _ in parts})
     if ran != list(range(buckets)):
-        raise ValueError(f"calibrate_model: run must go through buckets 0 ... {buckets - 1}, got {ran}")
+        raise ValueError(f"calibrate_model: generate must go through buckets 0 ... {buckets - 1}, got {ran}")
     videos = sorted({(part.grid, part.text) for part in parts.values()})
     if len(videos) > 1:
-        raise ValueError(f"calibrate_model: run must keep to one grid and text, got {videos}")
+        raise ValueError(f"calibrate_model: generate must keep to one grid and text, got {videos}")
     rows = [[parts[bucket, layer] for layer in range(len(_blocks(model)))] for bucket in range(buckets)]
     orders = torch.cat([torch.cat([part.orders for part in row], 1) for row in rows])
     masks = torch.cat([torch.cat([part.masks for part in row], 1) for row in rows])
     return ParoPlan(*videos[0], parts[0, 0].block, orders, masks)
 
 
-def _attach(model: nn.Module, begin: Begin, buckets: int, scheduler: Any) -> ExitStack:
+def _attach(model: nn.Module, begin: _Begin, buckets: int, scheduler: Any) -> ExitStack:
     """Has ``begin`` called before each run of the model, and what it returns in each layer's self-attention."""
     blocks = _blocks(model)
     if buckets < 1 or (buckets > 1 and scheduler is None):
@@ -172,7 +179,7 @@ def _attach(model: nn.Module, begin: Begin, buckets: int, scheduler: Any) -> Exi
     from diffusers.hooks import HookRegistry, ModelHook
 
     signature = inspect.signature(type(model).forward)
-    attend: Attend | None = None
+    attend: _Attend | None = None
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def before(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -209,7 +216,7 @@ def _attach(model: nn.Module, begin: Begin, buckets: int, scheduler: Any) -> Exi
 class _TakeOver(TorchFunctionMode):
     """Asks ``attend`` for each ``scaled_dot_product_attention``, and counts them."""
 
-    def __init__(self, layer: int, attend: Attend) -> None:
+    def __init__(self, layer: int, attend: _Attend) -> None:
         super().__init__()
         self.layer, self.attend, self.count = layer, attend, 0
 
@@ -259,7 +266,7 @@ def _blocks(model: nn.Module) -> Any:
     )
 
 
-def _run(model: Any, arguments: dict[str, Any], buckets: int, scheduler: Any) -> Run:
+def _run(model: Any, arguments: dict[str, Any], buckets: int, scheduler: Any) -> _Run:
     from diffusers import WanTransformer3DModel
 
     latents, config = arguments["hidden_states"], model.config
@@ -271,7 +278,7 @@ def _run(model: Any, arguments: dict[str, Any], buckets: int, scheduler: Any) ->
         text = arguments["encoder_hidden_states"].shape[1]
     frames, height, width = (extent // size for extent, size in zip(extents, patch, strict=True))
     bucket = _bucket(arguments["timestep"], scheduler, buckets) if buckets > 1 else 0
-    return Run(bucket, (frames, height, width), text, latents.device)
+    return _Run(bucket, (frames, height, width), text, latents.device)
 
 
 def _bucket(timestep: Any, scheduler: Any, buckets: int) -> int:
