@@ -257,7 +257,7 @@ def test_bad_input(video: Video) -> None:
         pytest.raises(ValueError, match="timestep must be one of the 4 of scheduler, got 1234"),
     ):
         model(timestep=torch.tensor([1234, 1234]), **video.inputs)
-    with pytest.raises(ValueError, match=r"generate must go through buckets 0 ... 1, got \[1\]"):
+    with pytest.raises(ValueError, match=r"generate must run all layers in each of buckets 0 ... 1, got \[1\]"):
         calibrate_model(model, lambda: video(3), density=0.5, buckets=2, **steps)
     video.blocks[1].attn1.set_processor(lambda *_, **__: None)  # such as one that calls another kernel
     with apply_paro(model, plan), pytest.raises(RuntimeError, match=r"layer 1 must call .* once, got 0 calls"):
@@ -304,3 +304,10 @@ def test_a_pipeline(make: Callable[[], nn.Module]) -> None:
     with apply_paro(video.model, plan, scheduler=pipe.scheduler):
         assert relative_error(sample(), stock.double()) < 1e-5
     assert torch.equal(sample(), stock)
+
+
+def test_skipped_layers_are_missed(monkeypatch: pytest.MonkeyPatch) -> None:
+    video = Video(wan)
+    monkeypatch.setattr(video.blocks[1], "forward", lambda hidden_states, *_: hidden_states)  # as a cache does
+    with pytest.raises(ValueError, match=r"must run all layers in each of buckets 0 ... 0, got \[\]"):
+        calibrate_model(video.model, video, density=0.5)
