@@ -21,8 +21,10 @@ Status quantized_attention(const QuantizedAttention& problem, const Threads& thr
   return {};
 }
 
-Status quantized_attention(const QuantizedAttention&, Stream) {
-  return failure("quantized_attention: q must be on the CPU: there is no GPU kernel of this op yet");
-}
+#if !FASTATTN_WITH_CUDA
+
+Status quantized_attention(const QuantizedAttention&, Stream) { return built_without_cuda("quantized_attention"); }
+
+#endif
 
 }  // namespace fastattn

@@ -15,6 +15,7 @@ struct SigmoidBand {
   using Schedule = Band;
   using Score = Sigmoid;
   using Element = Element_;
+  using Operands = sm90::PlainOperands<Element>;
   using Epilogue = sm90::Output<Element, false>;
   static constexpr sm90::Config kForward[] = {{.head_dim = 64, .tile = {192, 128}, .stages = 2, .warpgroups = 3},
                                               {.head_dim = 128, .tile = {128, 128}, .stages = 2, .warpgroups = 2}};
@@ -29,7 +30,7 @@ Sigmoid score_of(const SigmoidAttention& p) { return {p.scale * kLog2E, p.bias *
 Status sigmoid_attention(const SigmoidAttention& p, Stream stream) {
   return sm90::run_if_valid("sigmoid_attention", p, p.q.dtype, [&]<class Element>() {
     return sm90::run_forward<SigmoidBand<Element>>(
-        "sigmoid_attention", {p.q, p.k, p.v, p.out, band_of(p), score_of(p), nullptr, p.workspace}, stream);
+        "sigmoid_attention", {p.q, p.k, p.v, band_of(p), score_of(p), {p.out, nullptr}, p.workspace}, stream);
   });
 }
 

@@ -13,13 +13,14 @@ struct SoftmaxOver {
   using Schedule = Schedule_;
   using Score = Softmax;
   using Element = Element_;
+  using Operands = sm90::PlainOperands<Element>;
   using Epilogue = sm90::Output<Element, true>;
 };
 
 // `p` is a problem like Attention, judged before.
 template <class Variant, class Problem>
 Status softmax_forward(const char* op, const Problem& p, const typename Variant::Schedule& schedule, Stream stream) {
-  return sm90::run_forward<Variant>(op, {p.q, p.k, p.v, p.out, schedule, {p.scale * kLog2E}, p.lse, p.workspace},
+  return sm90::run_forward<Variant>(op, {p.q, p.k, p.v, schedule, {p.scale * kLog2E}, {p.out, p.lse}, p.workspace},
                                     stream);
 }
 

@@ -75,7 +75,8 @@ struct AccumulatorRow {
   // The first of two neighbouring scores.
   __device__ float* pair(int j) const { return &value[kRows == 1 ? 4 * j + 2 * h : 2 * j]; }
 
-  __device__ float max() const {
+  // Of what this thread holds.
+  __device__ float local_max() const {
     float partial[kChains];
 #pragma unroll
     for (int c = 0; c < kChains; ++c) {
@@ -85,7 +86,11 @@ struct AccumulatorRow {
     for (int j = kChains; j < kPairs; ++j) {
       partial[j % kChains] = fmaxf(partial[j % kChains], fmaxf(pair(j)[0], pair(j)[1]));
     }
-    const float local = fmaxf(partial[0], partial[1]);
+    return fmaxf(partial[0], partial[1]);
+  }
+
+  __device__ float max() const {
+    const float local = local_max();
     const float of_two = fmaxf(local, __shfl_xor_sync(0xffffffffu, local, 1));
     return fmaxf(of_two, __shfl_xor_sync(0xffffffffu, of_two, 2));
   }

@@ -241,7 +241,7 @@ struct BackwardKernel {
       wgmma::pin(dv);
       wgmma::pin(weights_operand);
       wgmma::fence();
-      wgmma::multiply<Element>(weights_operand, shared.dout[stage].mn_major(), dv);
+      wgmma::multiply<Element, Element>(weights_operand, shared.dout[stage].mn_major(), dv, true);
       wgmma::commit();
 
       store_packed(dscores_operand, shared.dscores[stage], shared_row, thread);
@@ -257,7 +257,7 @@ struct BackwardKernel {
       wgmma::pin(dk);
       wgmma::pin(dscores_operand);
       wgmma::fence();
-      wgmma::multiply<Element>(dscores_operand, shared.q[stage].mn_major(), dk);
+      wgmma::multiply<Element, Element>(dscores_operand, shared.q[stage].mn_major(), dk, true);
       wgmma::commit();
 
       wgmma::wait<1>();

@@ -19,6 +19,7 @@
 #include "fastattn/score/score.hpp"
 #include "sm90/accumulator.cuh"
 #include "sm90/config.hpp"
+#include "sm90/operands.cuh"
 #include "sm90/ring.cuh"
 #include "sm90/shared_tile.cuh"
 #include "sm90/tma.cuh"
@@ -29,12 +30,14 @@ namespace fastattn::sm90 {
 template <class Variant>
 struct ForwardParams {
   using Origin = OriginOf<typename Variant::Schedule>;
-  TensorMap<Origin> q, k, v;
+  TensorMap<Origin> q, k;
+  typename Variant::Operands::template ValueMap<Origin> v;
   typename Variant::Schedule schedule;  // of all heads
   typename Variant::Score score;        // of all heads
   typename Variant::Epilogue epilogue;
   int heads, heads_per_kv_head, q_tiles;
   WorkQueue works;  // query tiles of all heads
+  [[no_unique_address]] typename Variant::Operands::Scales scales;
 };
 
 template <class Variant, int kIndex>
@@ -47,11 +50,19 @@ struct ForwardKernel {
   static constexpr int kWarpgroups = kConfig.warpgroups;
   static_assert(kTile.q == kWarpgroups * kWarpgroupRows);
 
-  using Element = typename Variant::Element;
+  using Operands = typename Variant::Operands;
+  using Key = typename Operands::Key;
+  using Value = typename Operands::Value;
+  using Weight = typename Operands::Weight;
+  static constexpr bool kQuantized = kIsQuantized<Operands>;    // products are to be scaled
+  static constexpr bool kPacked = kHasPackedWeights<Operands>;  // weights, and sums of a tile, are the tile's own
+  static constexpr int kWeightRegisters = kTile.k / (kPacked ? 8 : 4);
   using Score = typename Variant::Score;
   using Params = ForwardParams<Variant>;
-  using QueryTile = SharedTile<Element, kTile.q, kHeadDim>;
-  using KeyTile = SharedTile<Element, kTile.k, kHeadDim>;
+  using QueryTile = SharedTile<Key, kTile.q, kHeadDim>;
+  using KeyTile = SharedTile<Key, kTile.k, kHeadDim>;
+  using ValueTile = typename Operands::template ValueTile<kTile, kHeadDim>;
+  using Staging = SharedTile<typename Operands::Staged, kTile.q, kHeadDim>;  // of the output
 
   // Which query tile of which head. The last tile of a head goes first: under a causal mask it has the most keys, and
   // the short ones then fill the gaps at the end.
@@ -66,9 +77,24 @@ struct ForwardKernel {
     }
   };
 
+  // A stage of queries. Where the output is as large, its rows take the place of the queries that a warpgroup is done
+  // with.
+  template <class Queries, class Output>
+  struct QueryStage {
+    Queries queries;
+    Output output;
+    __device__ Output& staging() { return output; }
+  };
+  template <class Queries>
+  struct QueryStage<Queries, Queries> {
+    Queries queries;
+    __device__ Queries& staging() { return queries; }
+  };
+
   struct Shared {
-    QueryTile q[kQueryStages];  // and, once a warpgroup is done with its queries, its rows of the output
-    KeyTile k[kStages], v[kStages];
+    QueryStage<QueryTile, Staging> q[kQueryStages];
+    KeyTile k[kStages];
+    ValueTile v[kStages];
     Ring<kQueryStages, Work> q_ring;
     Ring<kStages, Announcement> k_ring;
     Ring<kStages> v_ring;
@@ -133,7 +159,7 @@ struct ForwardKernel {
       const int kv_head = work.head / params.heads_per_kv_head;
       const auto query_origin = schedule.query_origin(work.q_tile, kTile);
       shared.q_ring.fill(position.q, QueryTile::kBytes, work, [&](Barrier& full) {
-        params.q.load(shared.q[position.q.stage], query_origin, work.head, work.batch, full);
+        params.q.load(shared.q[position.q.stage].queries, query_origin, work.head, work.batch, full);
       });
       position.q.advance();
 
@@ -141,7 +167,7 @@ struct ForwardKernel {
       typename Params::Origin values_origin{};
       const auto load_values = [&] {
         if (values_pending) {
-          shared.v_ring.fill(position.v, KeyTile::kBytes, {}, [&](Barrier& full) {
+          shared.v_ring.fill(position.v, ValueTile::kBytes, {}, [&](Barrier& full) {
             params.v.load(shared.v[position.v.stage], values_origin, kv_head, work.batch, full);
           });
           position.v.advance();
@@ -193,44 +219,112 @@ struct ForwardKernel {
     const Score score = params.score.at(work.head);
     const auto schedule = params.schedule.at(work.batch, work.head);
     const int first_row = warpgroup * kWarpgroupRows;
-    QueryTile& queries = shared.q[position.q.stage];
+    QueryTile& queries = shared.q[position.q.stage].queries;
+    const auto token_of = [&](int row) { return schedule.query_token(work.q_tile * kTile.q + first_row + row); };
+    const auto scales = [&] {
+      if constexpr (kQuantized) {
+        const int tokens[2] = {token_of(at.row(0)), token_of(at.row(1))};
+        return params.scales.at(work.batch, work.head, params.heads, params.heads_per_kv_head, tokens, at);
+      } else {
+        return Nothing{};
+      }
+    }();
 
     float out[kHeadDim / 2] = {};
-    float scores[kTile.k / 2];
-    std::uint32_t weights[kTile.k / 4];
+    Products<wgmma::Sum<Key>, kTile.k / 2> scores;
+    std::uint32_t weights[kWeightRegisters];
     typename Score::State state[2];
+    // Where weights are a tile's own: their products with its values, what these are to be multiplied by, and the next
+    // tile's weights.
+    [[maybe_unused]] Products<wgmma::Sum<Value>, kPacked ? kHeadDim / 2 : 1> sums;
+    [[maybe_unused]] float factor[2];
+    [[maybe_unused]] std::uint32_t next_weights[kPacked ? 2 * kWeightRegisters : 2];
 
     const auto issue_scores = [&] {
-      wgmma::pin(scores);
+      wgmma::pin(scores.sums());
       wgmma::fence();
-      wgmma::multiply<Element, kHeadDim>(queries.k_major(first_row), shared.k[position.k.stage].k_major(), scores,
-                                         false);
+      wgmma::multiply<Key, kHeadDim>(queries.k_major(first_row), shared.k[position.k.stage].k_major(), scores.sums(),
+                                     false);
       wgmma::commit();
     };
     const auto issue_output = [&] {
-      wgmma::pin(out);
+      if constexpr (kPacked) {
+        wgmma::pin(sums.sums());
+      } else {
+        wgmma::pin(out);
+      }
       wgmma::pin(weights);
       wgmma::fence();
-      wgmma::multiply<Element>(weights, shared.v[position.v.stage].mn_major(), out);
+      if constexpr (kPacked) {
+        wgmma::multiply<Weight, Value>(weights, shared.v[position.v.stage].k_major(), sums.sums(), false);
+      } else {
+        wgmma::multiply<Weight, Value>(weights, shared.v[position.v.stage].mn_major(), out, true);
+      }
       wgmma::commit();
     };
     const auto release = [](auto& ring, auto& at) {
       ring.release(at);
       at.advance();
     };
+    // What the keys of a tile are to be multiplied by; asked for before there is something to wait for.
+    const auto scale_of_keys = [&]([[maybe_unused]] int k_tile) {
+      if constexpr (kQuantized) {
+        return scales.of_keys(k_tile);
+      } else {
+        return 1.f;
+      }
+    };
     // Scores become weights; decay is what the output so far must be multiplied by.
     float decay[2];
-    const auto absorb = [&](int k_tile, Coverage coverage, std::uint16_t cells) {
+    const auto absorb = [&](int k_tile, Coverage coverage, std::uint16_t cells, [[maybe_unused]] float key_scale) {
+      scores.convert();
+      auto& value = scores.value;
       if (coverage == Coverage::kPartial) {
-        kept_bits(schedule.tile_mask(work.q_tile, k_tile, kTile, cells), first_row, at).apply(scores, -kInfinity);
+        kept_bits(schedule.tile_mask(work.q_tile, k_tile, kTile, cells), first_row, at).apply(value, -kInfinity);
       }
-      if constexpr (std::is_empty_v<typename Score::State>) {
-        score.absorb(state[0], AccumulatorRow<kTile.k / 2, 2>{scores});
+      if constexpr (kQuantized) {
+        float scale[2];
+        scales.of_tile(k_tile, key_scale, value, scale);
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          if constexpr (kPacked) {
+            decay[h] = score.absorb(state[h], PackedRow<Weight, kTile.k / 2>{{value, h, scale[h]}, next_weights});
+          } else {
+            decay[h] = score.absorb(state[h], ScaledRow<kTile.k / 2>{value, h, scale[h]});
+          }
+        }
+      } else if constexpr (std::is_empty_v<typename Score::State>) {
+        score.absorb(state[0], AccumulatorRow<kTile.k / 2, 2>{value});
       } else {
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
-          decay[h] = score.absorb(state[h], AccumulatorRow<kTile.k / 2>{scores, h});
+          decay[h] = score.absorb(state[h], AccumulatorRow<kTile.k / 2>{value, h});
         }
+      }
+    };
+    // Makes the operand of the next product with values.
+    const auto take_weights = [&] {
+      if constexpr (kPacked) {
+        join<Weight>(next_weights, weights);
+        factor[0] = state[0].factor;
+        factor[1] = state[1].factor;
+      } else {
+        pack<Weight>(scores.value, weights);
+      }
+    };
+    // The last product with values is done.
+    const auto take_output = [&] {
+      if constexpr (kPacked) {
+        wgmma::pin(sums.sums());
+        wgmma::pin(weights);
+        sums.convert();
+#pragma unroll
+        for (int i = 0; i < kHeadDim / 2; ++i) {
+          out[i] = fused_multiply_add(sums.value[i], factor[i / 2 % 2], out[i]);
+        }
+      } else {
+        wgmma::pin(out);
+        wgmma::pin(weights);
       }
     };
 
@@ -238,17 +332,19 @@ struct ForwardKernel {
     if (run.count == 0) {
       release(shared.k_ring, position.k);
     } else {
+      const float key_scale = scale_of_keys(run.first);
       turns.wait();
       issue_scores();
       turns.pass();
       wgmma::wait<0>();
-      wgmma::pin(scores);
+      wgmma::pin(scores.sums());
       release(shared.k_ring, position.k);
-      absorb(run.first, run.coverage, run.cells);
-      pack<Element>(scores, weights);
+      absorb(run.first, run.coverage, run.cells, key_scale);
+      take_weights();
       ++run.first, --run.count;
 
       const auto step = [&](int k_tile, auto coverage, std::uint16_t cells) {
+        const float key_scale = scale_of_keys(k_tile);
         shared.k_ring.wait(position.k);
         turns.wait();
         issue_scores();
@@ -256,14 +352,13 @@ struct ForwardKernel {
         issue_output();
         turns.pass();
         wgmma::wait<1>();
-        wgmma::pin(scores);
+        wgmma::pin(scores.sums());
         release(shared.k_ring, position.k);
-        absorb(k_tile, coverage(), cells);
+        absorb(k_tile, coverage(), cells, key_scale);
         wgmma::wait<0>();
-        wgmma::pin(out);
-        wgmma::pin(weights);
+        take_output();
         release(shared.v_ring, position.v);
-        pack<Element>(scores, weights);
+        take_weights();
         if constexpr (Score::kRescales) {
           if (__any_sync(0xffffffffu, decay[0] != 1.f || decay[1] != 1.f)) {  // seldom, as the policy sees to
 #pragma unroll
@@ -284,14 +379,12 @@ struct ForwardKernel {
       shared.v_ring.wait(position.v);
       issue_output();
       wgmma::wait<0>();
-      wgmma::pin(out);
-      wgmma::pin(weights);
+      take_output();
       release(shared.v_ring, position.v);
     }
 
     const RowResult rows[2] = {score.finish(state[0], sum_over_row), score.finish(state[1], sum_over_row)};
-    params.epilogue.store(out, rows, queries, warpgroup, work.batch, work.head,
-                          [&](int row) { return schedule.query_token(work.q_tile * kTile.q + first_row + row); });
+    params.epilogue.store(out, rows, shared.q[position.q.stage].staging(), warpgroup, work.batch, work.head, token_of);
     publish_shared();  // the next queries are copied over what this thread has read
     shared.q_ring.release(position.q);
   }

@@ -47,9 +47,12 @@ inline Status clear(void* memory, std::size_t bytes, Stream stream) {
   return check(cudaMemsetAsync(memory, 0, bytes, static_cast<cudaStream_t>(stream.handle)), "cudaMemsetAsync");
 }
 
-// Describes `view` to the copy engine in tiles of `rows` consecutive tokens, or of boxes of a grid.
-Status encode(const TensorView& view, int rows, TensorMap<int>& map);
-Status encode(const TensorView& view, const GridBox& box, TensorMap<PerAxis<int>>& map);
+// Describes `view` to the copy engine in tiles of `rows` consecutive tokens, or of boxes of a grid, with panels whose
+// rows are `row_bytes` long.
+Status encode(const TensorView& view, int rows, int row_bytes, TensorMap<int>& map);
+Status encode(const TensorView& view, const GridBox& box, int row_bytes, TensorMap<PerAxis<int>>& map);
+// The same of [batch, heads, channels, tokens], in tiles of `rows` channels.
+Status encode(const TensorView& view, int rows, int row_bytes, TransposedMap& map);
 
 // Picks the first configuration with room for head_dim and calls launch.operator()<its index>().
 template <const auto& kConfigs, class Launch>

@@ -5,8 +5,8 @@
 
 #include <cstdint>
 
+#include "fastattn/fastattn.hpp"
 #include "fastattn/score/score.hpp"
-#include "fastattn/tensor_view.hpp"
 #include "sm90/accumulator.cuh"
 
 namespace fastattn::sm90 {
@@ -36,7 +36,7 @@ __device__ void store_rows(const float (&value)[kCount], Tile& staging, int firs
     const int shared_row = first_row + row;
 #pragma unroll
     for (int panel = 0; panel < Tile::kPanels; ++panel) {
-      const int column = first_column + panel * kPanelColumns + unit * kElements;
+      const int column = first_column + panel * Tile::kPanelColumns + unit * kElements;
       if (column < to.head_dim()) {
         *reinterpret_cast<uint4*>(address + column) = *reinterpret_cast<const uint4*>(
             staging.panel(panel) + shared_row * kPanelRowBytes + (unit ^ shared_row % 8) * 16);
@@ -70,6 +70,55 @@ struct Output {
       }
     }
     store_rows<Element>(value, staging, warpgroup * kWarpgroupRows, thread, warpgroup, out, batch, head, 0, token_of);
+  }
+};
+
+// The output of values with a scale for each channel, or without, and of tokens that may have another order.
+struct QuantizedOutput {
+  TensorView out;         // of 16 bits
+  float* lse;             // [batch, heads, tokens]
+  const float* v_scales;  // [batch, kv_heads, head_dim]; null: without
+  int heads_per_kv_head;
+  Permutation order;
+
+  template <class Tile, int kCount, class TokenOf>
+  __device__ void store(float (&value)[kCount], const RowResult (&rows)[2], Tile& staging, int warpgroup, int batch,
+                        int head, TokenOf&& token_of) const {
+    const int thread = threadIdx.x % kWarpgroupThreads;
+    const AccumulatorThread at(thread);
+    const std::int64_t row = std::int64_t{batch} * out.heads() + head;
+    const int dim = static_cast<int>(out.head_dim());
+    const float* const scales = v_scales == nullptr ? nullptr : v_scales + row / heads_per_kv_head * dim;
+#pragma unroll
+    for (int j = 0; j < kCount / 4; ++j) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const int channel = at.column(j) + e;
+        const float scale = scales == nullptr || channel >= dim ? 1.f : scales[channel];
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {  // a row that keeps nothing is 0, whatever the scale
+          value[4 * j + 2 * h + e] *= rows[h].output_scale == 0.f ? 0.f : rows[h].output_scale * scale;
+        }
+      }
+    }
+    const std::int32_t* const to = order.at(batch, head, out.seq());
+    const auto place_of = [&](int row) {
+      const int token = token_of(row);
+      return token < 0 || to == nullptr ? token : to[token];
+    };
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int token = place_of(at.row(h));
+      if (at.first_column == 0 && token >= 0 && lse != nullptr) {
+        lse[row * out.seq() + token] = rows[h].lse;
+      }
+    }
+    const int first_row = warpgroup * kWarpgroupRows;
+    if (out.dtype == DType::kBFloat16) {
+      store_rows<BFloat16>(value, staging, first_row, thread, warpgroup, out, batch, head, 0, place_of);
+    } else {
+      store_rows<Float16>(value, staging, first_row, thread, warpgroup, out, batch, head, 0, place_of);
+    }
   }
 };
 

@@ -5,6 +5,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <type_traits>
 
 #include "fastattn/fastattn.hpp"
 #include "ops/validate.hpp"
@@ -16,11 +17,12 @@ namespace fastattn::sm90 {
 
 template <class Variant>
 struct ForwardProblem {
-  TensorView q, k, v, out;
+  TensorView q, k, v;
   typename Variant::Schedule schedule;
   typename Variant::Score score;
-  float* lse;  // null for an epilogue without
+  typename Variant::Epilogue epilogue;
   void* workspace;
+  typename Variant::Operands::Scales scales = {};
 };
 
 template <class Variant>
@@ -51,9 +53,9 @@ inline int heads_per_kv_head(const TensorView& q, const TensorView& k) {
 struct MapEncoder {
   Status status;
 
-  template <class Box, class Origin>
-  void operator()(const TensorView& view, const Box& box, TensorMap<Origin>& map) {
-    status = status.ok() ? encode(view, box, map) : status;
+  template <class Box, class Map>
+  void operator()(const TensorView& view, const Box& box, Map& map, int row_bytes = kPanelRowBytes) {
+    status = status.ok() ? encode(view, box, row_bytes, map) : status;
   }
 };
 
@@ -70,11 +72,16 @@ Status launch_forward(const char* op, const ForwardProblem<Variant>& problem, St
   params.heads = static_cast<int>(problem.q.heads());
   params.heads_per_kv_head = heads_per_kv_head(problem.q, problem.k);
   params.q_tiles = ceil_div(schedule.num_q, Kernel::kTile.q);
-  params.epilogue = {problem.out, problem.lse};
+  params.epilogue = problem.epilogue;
+  params.scales = problem.scales;
   MapEncoder encode;
-  encode(problem.q, schedule.query_box(Kernel::kTile), params.q);
-  encode(problem.k, schedule.key_box(Kernel::kTile), params.k);
-  encode(problem.v, schedule.key_box(Kernel::kTile), params.v);
+  encode(problem.q, schedule.query_box(Kernel::kTile), params.q, Kernel::QueryTile::kRowBytes);
+  encode(problem.k, schedule.key_box(Kernel::kTile), params.k, Kernel::KeyTile::kRowBytes);
+  if constexpr (std::is_same_v<decltype(params.v), TransposedMap>) {
+    encode(problem.v, Kernel::kHeadDim, params.v, Kernel::ValueTile::kRowBytes);
+  } else {
+    encode(problem.v, schedule.key_box(Kernel::kTile), params.v);
+  }
   if (!encode.status.ok()) {
     return encode.status;
   }

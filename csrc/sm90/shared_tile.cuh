@@ -1,4 +1,4 @@
-// A matrix of 16-bit elements in shared memory, laid down as TMA writes it and as WGMMA reads it.
+// A matrix of 16- or 8-bit elements in shared memory, laid down as TMA writes it and as WGMMA reads it.
 #pragma once
 
 #include <cstdint>
@@ -11,32 +11,35 @@ inline constexpr int kWarpgroupThreads = 128;
 inline constexpr int kWarpgroupWarps = 4;
 inline constexpr int kWarpgroupRows = 64;
 
-// Panels of 64 columns; a panel row is 128 bytes, whose eight 16-byte units are exchanged by exclusive-or with row % 8
-// (the 128-byte swizzle), so that both a row and a column of units touch every bank once.
-inline constexpr int kPanelColumns = 64;
+// Panels whose rows are 128 bytes; their eight 16-byte units are exchanged by exclusive-or with row % 8 (the 128-byte
+// swizzle), so that both a row and a column of units touch every bank once. A tile whose rows are 64 bytes has one
+// panel of such rows, and four units are exchanged by row / 2 % 4 (the 64-byte swizzle).
 inline constexpr int kPanelRowBytes = 128;
 
 // Where a matrix product finds an operand in shared memory: its first step's descriptor, and how far the next ones are.
-template <Major kMajor_, int kPanelBytes>
+template <Major kMajor_, int kPanelBytes, int kRowBytes>
 struct SharedOperand {
   static constexpr Major kMajor = kMajor_;
   std::uint64_t descriptor;
 
-  // The descriptor of contracted elements [16 · i, 16 · i + 16).
+  // The descriptor of the i-th step: 16 contracted elements of 16 bits, or 32 of 8.
   __device__ std::uint64_t step(int i) const {
     if constexpr (kMajor == Major::K) {  // along a row: 32 bytes within a panel, then the next panel
-      return descriptor + ((i / 4 * kPanelBytes + i % 4 * 32) >> 4);
+      constexpr int kSteps = kRowBytes / 32;
+      return descriptor + ((i / kSteps * kPanelBytes + i % kSteps * 32) >> 4);
     } else {  // along a column: 16 rows
-      return descriptor + ((i * 16 * kPanelRowBytes) >> 4);
+      return descriptor + ((i * 16 * kRowBytes) >> 4);
     }
   }
 };
 
 template <class Element, int kRows, int kColumns>
 struct SharedTile {
-  static_assert(kColumns % kPanelColumns == 0 && kRows % 8 == 0 && sizeof(Element) == 2);
+  static constexpr int kRowBytes = min_of<int>(kColumns * sizeof(Element), kPanelRowBytes);
+  static constexpr int kPanelColumns = kRowBytes / sizeof(Element);
   static constexpr int kPanels = kColumns / kPanelColumns;
-  static constexpr int kPanelBytes = kRows * kPanelRowBytes;
+  static constexpr int kPanelBytes = kRows * kRowBytes;
+  static_assert(kColumns % kPanelColumns == 0 && kRows % 8 == 0 && (kRowBytes == 128 || kRowBytes == 64));
   static constexpr int kBytes = kPanels * kPanelBytes;
 
   alignas(1024) std::byte bytes[kBytes];
@@ -46,11 +49,11 @@ struct SharedTile {
   __device__ std::uint32_t address() const { return static_cast<std::uint32_t>(__cvta_generic_to_shared(bytes)); }
 
   // As an operand whose rows are the product's rows (or columns, for B), contracted along the tile's columns.
-  __device__ SharedOperand<Major::K, kPanelBytes> k_major(int first_row = 0) const {
-    return {describe(first_row * kPanelRowBytes)};
+  __device__ SharedOperand<Major::K, kPanelBytes, kRowBytes> k_major(int first_row = 0) const {
+    return {describe(first_row * kRowBytes)};
   }
   // As an operand whose columns are the product's rows (or columns, for B), contracted along the tile's rows.
-  __device__ SharedOperand<Major::MN, kPanelBytes> mn_major(int first_column = 0) const {
+  __device__ SharedOperand<Major::MN, kPanelBytes, kRowBytes> mn_major(int first_column = 0) const {
     return {describe(first_column / kPanelColumns * kPanelBytes)};
   }
 
@@ -58,10 +61,10 @@ struct SharedTile {
   // PTX ISA, "Matrix descriptor format": address, leading and stride byte offsets in units of 16 bytes; the leading
   // offset leads from one panel to the next (MN-major only), the stride offset over eight rows.
   __device__ std::uint64_t describe(int offset) const {
-    constexpr std::uint64_t kSwizzle128 = std::uint64_t{1} << 62;
+    constexpr std::uint64_t kSwizzle = std::uint64_t{kRowBytes == 128 ? 1 : 2} << 62;
     constexpr std::uint64_t kLeading = std::uint64_t{kPanelBytes >> 4} << 16;
-    constexpr std::uint64_t kStride = std::uint64_t{8 * kPanelRowBytes >> 4} << 32;
-    return kSwizzle128 | kStride | kLeading | ((address() + offset) >> 4);
+    constexpr std::uint64_t kStride = std::uint64_t{8 * kRowBytes >> 4} << 32;
+    return kSwizzle | kStride | kLeading | ((address() + offset) >> 4);
   }
 };
 

@@ -34,27 +34,48 @@ Status encode(const TensorView& view, Layout layout, CUtensorMap& map) {
   if (view.size() == 0) {
     return {};  // never loaded from
   }
-  constexpr std::uint64_t kElementBytes = 2;
+  const auto element_bytes = static_cast<std::uint64_t>(size_of(view.dtype));
   for (int i = 0; i < layout.rank - 1; ++i) {
     // The stride of an axis of length 1 means nothing and may be anything; the encoder still wants a multiple of 16
     // bytes.
-    layout.stride[i] = layout.extent[i + 1] == 1 ? 16 : layout.stride[i] * kElementBytes;
+    layout.stride[i] = layout.extent[i + 1] == 1 ? 16 : layout.stride[i] * element_bytes;
   }
-  const CUtensorMapDataType type =
-      view.dtype == DType::kBFloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
+  const CUtensorMapDataType type = element_bytes == 1               ? CU_TENSOR_MAP_DATA_TYPE_UINT8
+                                   : view.dtype == DType::kBFloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
+                                                                    : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
+  const CUtensorMapSwizzle swizzle =
+      layout.box[0] * element_bytes == kPanelRowBytes ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B;
   const CUresult result = encoder(&map, type, layout.rank, view.data, layout.extent, layout.stride, layout.box,
-                                  layout.step, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                                  layout.step, CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle,
                                   CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result != CUDA_SUCCESS) {
     return failure(
         "no tensor map for shape [%lld, %lld, %lld, %lld], strides [%lld, %lld, %lld, %lld]: GPU tensors need a "
-        "16-byte aligned base and strides of a multiple of 8 elements (CUresult %d)",
+        "16-byte aligned base and strides of a multiple of 16 bytes (CUresult %d)",
         static_cast<long long>(view.shape[0]), static_cast<long long>(view.shape[1]),
         static_cast<long long>(view.shape[2]), static_cast<long long>(view.shape[3]),
         static_cast<long long>(view.stride[0]), static_cast<long long>(view.stride[1]),
         static_cast<long long>(view.stride[2]), static_cast<long long>(view.stride[3]), static_cast<int>(result));
   }
   return {};
+}
+
+cuuint32_t panel_columns(DType dtype, int row_bytes) { return static_cast<cuuint32_t>(row_bytes / size_of(dtype)); }
+
+// A tensor whose dimensions are, from the fastest on, those of `order`; boxes of `rows` of the second one.
+Status encode(const TensorView& view, const int (&order)[4], int rows, int row_bytes, CUtensorMap& map) {
+  Layout layout{.rank = 4,
+                .extent = {},
+                .stride = {},
+                .box = {panel_columns(view.dtype, row_bytes), static_cast<cuuint32_t>(rows), 1, 1},
+                .step = {1, 1, 1, 1}};
+  for (int i = 0; i < 4; ++i) {
+    layout.extent[i] = static_cast<cuuint64_t>(view.shape[order[i]]);
+    if (i > 0) {
+      layout.stride[i - 1] = static_cast<cuuint64_t>(view.stride[order[i]]);
+    }
+  }
+  return encode(view, layout, map);
 }
 
 // How many of `extent` tokens, `step` apart, one copy can take: it spans at most 256.
@@ -68,30 +89,25 @@ int part_of(int extent, int step) {
 
 }  // namespace
 
-Status encode(const TensorView& view, int rows, TensorMap<int>& map) {
-  Layout layout{.rank = 4,
-                .extent = {},
-                .stride = {},
-                .box = {kPanelColumns, static_cast<cuuint32_t>(rows), 1, 1},
-                .step = {1, 1, 1, 1}};
+Status encode(const TensorView& view, int rows, int row_bytes, TensorMap<int>& map) {
   constexpr int kOrder[4] = {3, 1, 2, 0};  // head_dim, tokens, heads, batch
-  for (int i = 0; i < 4; ++i) {
-    layout.extent[i] = static_cast<cuuint64_t>(view.shape[kOrder[i]]);
-    if (i > 0) {
-      layout.stride[i - 1] = static_cast<cuuint64_t>(view.stride[kOrder[i]]);
-    }
-  }
-  return encode(view, layout, map.map);
+  return encode(view, kOrder, rows, row_bytes, map.map);
 }
 
-Status encode(const TensorView& view, const GridBox& box, TensorMap<PerAxis<int>>& map) {
+Status encode(const TensorView& view, int rows, int row_bytes, TransposedMap& map) {
+  constexpr int kOrder[4] = {3, 2, 1, 0};  // tokens, channels, heads, batch
+  return encode(view, kOrder, rows, row_bytes, map.map);
+}
+
+Status encode(const TensorView& view, const GridBox& box, int row_bytes, TensorMap<PerAxis<int>>& map) {
   if (view.heads() > 1 && view.stride[2] != view.head_dim()) {
     return failure("GPU tensors over a grid need heads side by side: a stride of head_dim, %lld, got %lld",
                    static_cast<long long>(view.head_dim()), static_cast<long long>(view.stride[2]));
   }
   map.box = box;
   map.head_dim = static_cast<int>(view.head_dim());
-  Layout layout{.rank = 2 + kAxes, .extent = {}, .stride = {}, .box = {kPanelColumns}, .step = {1}};
+  Layout layout{
+      .rank = 2 + kAxes, .extent = {}, .stride = {}, .box = {panel_columns(view.dtype, row_bytes)}, .step = {1}};
   layout.extent[0] = static_cast<cuuint64_t>(view.heads() * view.head_dim());
   cuuint64_t stride = static_cast<cuuint64_t>(view.stride[1]);
   for (int axis = kAxes - 1, i = 1; axis >= 0; --axis, ++i) {

@@ -23,7 +23,7 @@ __device__ inline void wait_for(Barrier& barrier, std::uint32_t parity) {
 }
 
 // A [batch, tokens, heads, head_dim] tensor as the copy engine sees it, from which tiles of kRows tokens are loaded in
-// panels of 64 columns. Elements outside the tensor read as zero. `Origin` tells where a tile's first token lies.
+// panels. Elements outside the tensor read as zero. `Origin` tells where a tile's first token lies.
 template <class Origin>
 struct TensorMap;
 
@@ -42,7 +42,22 @@ struct TensorMap<int> {
 #pragma unroll
     for (int i = 0; i < Tile::kPanels; ++i) {
       cute::SM90_TMA_LOAD_4D::copy(&map, reinterpret_cast<std::uint64_t*>(&barrier), kCacheHint, tile.panel(i),
-                                   i * kPanelColumns, first_token, head, batch);
+                                   i * Tile::kPanelColumns, first_token, head, batch);
+    }
+  }
+};
+
+// Transposed tokens, [batch, heads, channels, tokens]: tiles of all channels of consecutive tokens; coordinates (token,
+// channel, head, batch).
+struct TransposedMap {
+  CUtensorMap map;
+
+  template <class Tile>
+  __device__ void load(Tile& tile, int first_token, int head, int batch, Barrier& barrier) const {
+#pragma unroll
+    for (int i = 0; i < Tile::kPanels; ++i) {
+      cute::SM90_TMA_LOAD_4D::copy(&map, reinterpret_cast<std::uint64_t*>(&barrier), kCacheHint, tile.panel(i),
+                                   first_token + i * Tile::kPanelColumns, 0, head, batch);
     }
   }
 };
@@ -64,7 +79,7 @@ struct TensorMap<PerAxis<int>> {
         for (int y = 0; y < box.extent[1]; y += part[1]) {
           for (int z = 0; z < box.extent[2]; z += part[2], to += product(part) * kPanelRowBytes) {
             cute::SM90_TMA_LOAD_5D::copy(&map, reinterpret_cast<std::uint64_t*>(&barrier), kCacheHint, to,
-                                         head * head_dim + i * kPanelColumns, origin[2] + z * box.step[2],
+                                         head * head_dim + i * Tile::kPanelColumns, origin[2] + z * box.step[2],
                                          origin[1] + y * box.step[1], origin[0] + x * box.step[0], batch);
           }
         }

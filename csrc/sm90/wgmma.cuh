@@ -9,9 +9,10 @@
 #include <cstdint>
 #include <cute/arch/mma_sm90.hpp>
 #include <cute/arch/mma_sm90_gmma.hpp>
+#include <type_traits>
 #include <utility>
 
-#include "fastattn/operand/element.hpp"
+#include "fastattn/operand/low_bit.hpp"
 
 namespace fastattn::sm90 {
 
@@ -43,6 +44,40 @@ struct DeviceElement<Float16> {
   static __device__ float2 unpack(std::uint32_t pair) { return __half22float2(reinterpret_cast<const __half2&>(pair)); }
 };
 
+// Elements of 8 bits go through the tensor cores as they are. Weights are made of floats, in two steps: pair() rounds
+// two of them and adds what they are worth to `sum`, join() makes a register of two pairs, the first one low.
+template <>
+struct DeviceElement<std::int8_t> {
+  using Mma = std::int8_t;
+};
+
+template <>
+struct DeviceElement<UInt8> {
+  using Mma = std::uint8_t;
+  using Sum = std::uint32_t;
+  // Floats near 2^23 are integers, whose lowest byte is a weight's.
+  static __device__ std::uint32_t pair(float low, float high, Sum& sum) {
+    constexpr float kShift = 0x1p23f;
+    const std::uint32_t shifted[2] = {__float_as_uint(low + kShift), __float_as_uint(high + kShift)};
+    sum += shifted[0] + shifted[1] - 2 * std::bit_cast<std::uint32_t>(kShift);
+    return __byte_perm(shifted[0], shifted[1], 0x0040);
+  }
+  static __device__ std::uint32_t join(std::uint32_t low, std::uint32_t high) { return __byte_perm(low, high, 0x5410); }
+};
+
+template <>
+struct DeviceElement<Float8E4M3> {
+  using Mma = cutlass::float_e4m3_t;
+  using Sum = float;
+  static __device__ std::uint32_t pair(float low, float high, Sum& sum) {
+    std::uint16_t rounded;
+    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %2, %1;" : "=h"(rounded) : "f"(low), "f"(high));
+    sum += low + high;
+    return rounded;
+  }
+  static __device__ std::uint32_t join(std::uint32_t low, std::uint32_t high) { return __byte_perm(low, high, 0x5410); }
+};
+
 namespace wgmma {
 
 // Orders register and shared-memory accesses before the products that follow.
@@ -65,39 +100,51 @@ __device__ inline void pin(Register (&registers)[kCount]) {
   }
 }
 
+// What a product of two elements is added up in: exactly, for integers.
+template <class Element>
+using Sum = std::conditional_t<std::is_same_v<Element, std::int8_t>, std::uint32_t, float>;
+
+// How many contracted elements a step has: 32 bytes of them.
+template <class Element>
+inline constexpr int kStep = 32 / sizeof(Element);
+
 template <class Element, int kColumns, Major kA, Major kB>
-using AtomSS =
-    decltype(cute::SM90::GMMA::ss_op_selector<typename DeviceElement<Element>::Mma,
-                                              typename DeviceElement<Element>::Mma, float,
-                                              cute::Shape<cute::_64, cute::Int<kColumns>, cute::_16>, kA, kB>());
-template <class Element, int kColumns, Major kB>
-using AtomRS =
-    decltype(cute::SM90::GMMA::rs_op_selector<typename DeviceElement<Element>::Mma,
-                                              typename DeviceElement<Element>::Mma, float,
-                                              cute::Shape<cute::_64, cute::Int<kColumns>, cute::_16>, Major::K, kB>());
+using AtomSS = decltype(cute::SM90::GMMA::ss_op_selector<
+                        typename DeviceElement<Element>::Mma, typename DeviceElement<Element>::Mma,
+                        std::conditional_t<std::is_same_v<Sum<Element>, float>, float, std::int32_t>,
+                        cute::Shape<cute::_64, cute::Int<kColumns>, cute::Int<kStep<Element>>>, kA, kB>());
+template <class Left, class Right, int kColumns, Major kB>
+using AtomRS = decltype(cute::SM90::GMMA::rs_op_selector<
+                        typename DeviceElement<Left>::Mma, typename DeviceElement<Right>::Mma,
+                        std::conditional_t<std::is_same_v<Sum<Right>, float>, float, std::int32_t>,
+                        cute::Shape<cute::_64, cute::Int<kColumns>, cute::Int<kStep<Right>>>, Major::K, kB>());
+
+constexpr auto scale_out(bool accumulate) {
+  return accumulate ? cute::SM90::GMMA::ScaleOut::One : cute::SM90::GMMA::ScaleOut::Zero;
+}
 
 // d (+)= A · B with kDepth contracted elements; both operands in shared memory. `accumulate` false overwrites d.
 template <class Element, int kDepth, class A, class B, int kCount>
-__device__ inline void multiply(A a, B b, float (&d)[kCount], bool accumulate) {
+__device__ inline void multiply(A a, B b, Sum<Element> (&d)[kCount], bool accumulate) {
   using Atom = AtomSS<Element, kCount * 2, A::kMajor, B::kMajor>;
 #pragma unroll
-  for (int step = 0; step < kDepth / 16; ++step) {
-    const auto scale = accumulate || step > 0 ? cute::SM90::GMMA::ScaleOut::One : cute::SM90::GMMA::ScaleOut::Zero;
+  for (int step = 0; step < kDepth / kStep<Element>; ++step) {
+    const auto scale = scale_out(accumulate || step > 0);
     [&]<std::size_t... i>(std::index_sequence<i...>) {
       Atom::fma(a.step(step), b.step(step), d[i]..., scale);
     }(std::make_index_sequence<kCount>{});
   }
 }
 
-// d += A · B, with A in registers: four per 16 contracted elements.
-template <class Element, class B, int kRegisters, int kCount>
-__device__ inline void multiply(const std::uint32_t (&a)[kRegisters], B b, float (&d)[kCount]) {
-  using Atom = AtomRS<Element, kCount * 2, B::kMajor>;
+// d (+)= A · B, with A in registers: four a step.
+template <class Left, class Right, class B, int kRegisters, int kCount>
+__device__ inline void multiply(const std::uint32_t (&a)[kRegisters], B b, Sum<Right> (&d)[kCount], bool accumulate) {
+  using Atom = AtomRS<Left, Right, kCount * 2, B::kMajor>;
 #pragma unroll
   for (int step = 0; step < kRegisters / 4; ++step) {
+    const auto scale = scale_out(accumulate || step > 0);
     [&]<std::size_t... i>(std::index_sequence<i...>) {
-      Atom::fma(a[4 * step], a[4 * step + 1], a[4 * step + 2], a[4 * step + 3], b.step(step), d[i]...,
-                cute::SM90::GMMA::ScaleOut::One);
+      Atom::fma(a[4 * step], a[4 * step + 1], a[4 * step + 2], a[4 * step + 3], b.step(step), d[i]..., scale);
     }(std::make_index_sequence<kCount>{});
   }
 }
