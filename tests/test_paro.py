@@ -64,6 +64,32 @@ def test_all_blocks_in_any_order_are_attention(grid: tuple[int, int, int], text:
     assert relative_error(out, fastattn.attention(q, k, v).double()) < 1e-6
 
 
+@pytest.mark.parametrize("pv", ["int8", "fp8", "bf16"])
+def test_quantized_over_all_blocks_is_quantized_attention_of_tokens_in_order(pv: str, device, dtype) -> None:
+    plan = everything((5, 6, 7), 30, list(range(6)))
+    q, k, v = torch.randn(3, 2, plan.seq, 6, 64, device=device, dtype=dtype).unbind()
+    layer = plan.layer(0, device=device)
+    out = paro_attention(q, k, v, layer, qk="int8", pv=pv)
+    places = layer.places.t()[None, :, :, None].expand(q.shape)
+    moved = (x.gather(1, layer.tokens.t()[None, :, :, None].expand(x.shape)) for x in (q, k, v))
+    expected = fastattn.quantized_attention(*moved, pv=pv).gather(1, places)
+    # Means are of the same tokens in another order: a value may fall on the other side of a tie.
+    assert relative_error(out, expected.double()) < (1e-2 if dtype != torch.float32 else 3e-3)
+    assert relative_error(out, fastattn.attention(q, k, v).double()) < 0.06
+
+
+@pytest.mark.parametrize("qk", ["int8", "int4", "fp8"])
+def test_quantizing_adds_what_it_costs_without_blocks(qk: str) -> None:
+    sample = heads("FHW")
+    plan = calibrate_paro([(0, 0, *sample)], grid=GRID, density=0.3)
+    layer = plan.layer(0)
+    exact = fastattn.attention(*sample).double()
+    sparse = relative_error(paro_attention(*sample, layer), exact)
+    dense = relative_error(fastattn.quantized_attention(*sample, qk=qk), exact)
+    both = relative_error(paro_attention(*sample, layer, qk=qk), exact)
+    assert both < 1.1 * (sparse**2 + dense**2) ** 0.5
+
+
 def test_gradients_are_those_of_attention(device, dtype) -> None:
     plan = everything((3, 5, 7), 4, [1, 4])
     leaves = [x.requires_grad_() for x in torch.randn(3, 1, plan.seq, 2, 64, device=device, dtype=dtype).unbind()]

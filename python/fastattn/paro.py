@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from itertools import groupby
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -14,6 +14,8 @@ from torch.nn.functional import pad
 from .attention import attention
 from .block_list import BlockList
 from .block_sparse_attention import block_sparse_attention
+from .quantize_tokens import Format
+from .quantized_attention import Values, quantized_attention
 
 ORDERS = ("FHW", "FWH", "HFW", "HWF", "WFH", "WHF")
 """Orders of the axes of a video, frames, height and width, the outermost first. Tokens come as FHW."""
@@ -106,20 +108,31 @@ class ParoPlan:
             return cls((frames, height, width), *numbers, file.get_tensor("orders"), file.get_tensor("masks"))
 
 
-def paro_attention(q: Tensor, k: Tensor, v: Tensor, layer: ParoLayer, *, scale: float | None = None) -> Tensor:
+def paro_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layer: ParoLayer,
+    *,
+    qk: Format | None = None,
+    pv: Values = "int8",
+    scale: float | None = None,
+) -> Tensor:
     r"""Attention over the blocks that a plan keeps, of tokens in the order that it gives each head.
 
     PAROAttention: Pattern-Aware ReOrdering for Efficient Sparse and Quantized Attention in Visual Generation Models
-    (arXiv 2506.16054). Tokens are gathered before and put back after; nothing is quantized.
+    (arXiv 2506.16054). Without ``qk`` tokens are gathered before and put back after. With it they are permuted as they
+    are quantized, and put back as the output is stored.
 
     Args:
         q, k, v: ``[batch, seq, heads, head_dim]``, text before video, after rotary embedding; dtypes and devices as
             ``block_sparse_attention``.
         layer: of a ``ParoPlan``, on the device of ``q``.
+        qk, pv: what queries and keys, and values, are rounded to, as in ``quantized_attention``; None: nothing is.
         scale: multiplies the scores; ``1 / sqrt(head_dim)`` if None.
 
     Returns:
-        The output, like ``q``. Differentiable.
+        The output, like ``q``. Differentiable without ``qk``.
 
     Raises:
         ValueError: if q, k and v are not alike, or if the plan is for other lengths or heads.
@@ -130,6 +143,10 @@ def paro_attention(q: Tensor, k: Tensor, v: Tensor, layer: ParoLayer, *, scale: 
             f"paro_attention: q, k and v must be [batch, {seq}, {heads}, head_dim], as the plan is, "
             f"got {list(q.shape)}, {list(k.shape)} and {list(v.shape)}"
         )
+    if qk is not None:
+        options: dict[str, Any] = {"blocks": layer.blocks, "permutation": layer.tokens[None], "scale": scale}
+        out: Tensor = quantized_attention(q, k, v, qk=qk, pv=pv, **options)
+        return out
     q, k, v = (_gather(x, layer.tokens) for x in (q, k, v))
     out = block_sparse_attention(q, k, v, layer.blocks, scale=scale)
     return _gather(out, layer.places)

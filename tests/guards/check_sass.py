@@ -1,9 +1,10 @@
 """Checks the machine code of the GPU kernels: python tests/guards/check_sass.py build/fastattn_torch.so
 
 What a GPU would show as lost speed, a machine without one can read. The main kernels multiply with warpgroup
-instructions (HGMMA, or IGMMA and QGMMA for 8 bits), load tiles with the bulk copy engine (UTMALDG), and between their first and their last product
-keep everything in registers: an access to local memory there is a spill or an array indexed at run time. (The producer,
-whose code lies outside, may spill: it has 24 registers, walks lists, and waits most of the time.)
+instructions (HGMMA, or IGMMA and QGMMA for 8 bits), load tiles with the bulk copy engine (UTMALDG), and between their
+first and their last product keep everything in registers: an access to local memory there is a spill or an array
+indexed at run time. (The producer, whose code lies outside, may spill: it has 24 registers, walks lists, and waits most
+of the time.)
 """
 
 import re
@@ -54,7 +55,9 @@ def main(library: str) -> None:
     if found := complaints(kernels):
         sys.exit("\n".join([f"{library}: its GPU kernels are not what they should be:", *found]))
     main_kernels = sum(1 for name in kernels if MAIN_KERNELS.search(name))
-    print(f"{library}: {main_kernels} main kernels, all with warpgroup products, none with local memory among its products")  # noqa: T201
+    print(
+        f"{library}: {main_kernels} main kernels, all with warpgroup products, none with local memory among its products"
+    )  # noqa: T201
 
 
 if __name__ == "__main__":

@@ -18,6 +18,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
 from ..paro import ParoLayer, ParoPlan, bucket_of, calibrate_paro, paro_attention
+from ..quantize_tokens import Format
+from ..quantized_attention import Values
 
 HOOK = "fastattn"
 
@@ -39,7 +41,9 @@ _Begin: TypeAlias = Callable[[_Run], _Attend | None]
 """Called before each run: what attends in it, or None for the model as it is."""
 
 
-def apply_paro(model: nn.Module, plan: ParoPlan, *, scheduler: Any = None) -> ExitStack:
+def apply_paro(
+    model: nn.Module, plan: ParoPlan, *, scheduler: Any = None, qk: Format | None = None, pv: Values = "int8"
+) -> ExitStack:
     """Runs a model's self-attention by a plan, and leaves all else as it is.
 
     What is returned takes it off again: by its ``close()``, or at the end of a ``with``. The layers of one bucket of
@@ -52,6 +56,7 @@ def apply_paro(model: nn.Module, plan: ParoPlan, *, scheduler: Any = None) -> Ex
         plan: for its layers and heads, and for the videos and the length of text that it will be run on.
         scheduler: the pipeline's, which tells the step, and so the bucket, by the timestep that the model gets. The
             host waits for the device once in each run for that. May be None for a plan of one bucket.
+        qk, pv: what queries and keys, and values, are rounded to, as in ``paro_attention``; None: nothing is.
 
     Raises:
         ValueError: if the plan does not fit the model; when it runs, if the plan is for another video or text.
@@ -77,7 +82,7 @@ def apply_paro(model: nn.Module, plan: ParoPlan, *, scheduler: Any = None) -> Ex
             held.clear()
             held[at] = [plan.layer(i, bucket=run.bucket, device=run.device) for i in range(len(blocks))]
         layers = held[at]
-        return lambda layer, q, k, v: paro_attention(q, k, v, layers[layer])
+        return lambda layer, q, k, v: paro_attention(q, k, v, layers[layer], qk=qk, pv=pv)
 
     return _attach(model, begin, buckets, scheduler)
 
