@@ -17,8 +17,14 @@ Status quantize_tokens(const QuantizeTokens& problem, const Threads& threads) {
   return {};
 }
 
-Status quantize_tokens(const QuantizeTokens&, Stream) {
-  return failure("quantize_tokens: x must be on the CPU: there is no GPU kernel of this op yet");
-}
+std::size_t quantize_tokens_workspace(const QuantizeTokens&, const Threads&) { return 0; }
+
+#if !FASTATTN_WITH_CUDA
+
+Status quantize_tokens(const QuantizeTokens&, Stream) { return built_without_cuda("quantize_tokens"); }
+
+std::size_t quantize_tokens_workspace(const QuantizeTokens&, Stream) { return 0; }
+
+#endif
 
 }  // namespace fastattn

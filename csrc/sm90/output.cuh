@@ -101,7 +101,7 @@ struct QuantizedOutput {
         }
       }
     }
-    const std::int32_t* const to = order.at(batch, head, out.seq());
+    const std::int32_t* const to = order.row(batch, head, out.seq());
     const auto place_of = [&](int row) {
       const int token = token_of(row);
       return token < 0 || to == nullptr ? token : to[token];

@@ -54,6 +54,8 @@ std::tuple<Tensor, Tensor, Tensor> quantize_tokens(Tensor x, std::optional<Tenso
   problem.values = values.mutable_data_ptr();
   problem.scales = scales.mutable_data_ptr<float>();
   problem.mean = smooth ? mean.mutable_data_ptr<float>() : nullptr;
+  const Workspace workspace(x, quantize_tokens_workspace(problem, place.executor));
+  problem.workspace = workspace.address();
   require(fastattn::quantize_tokens(problem, place.executor));
   return {values, scales, mean};
 }

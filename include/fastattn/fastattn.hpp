@@ -183,7 +183,8 @@ std::size_t sigmoid_attention_backward_workspace(const SigmoidAttentionBackward&
 Status sigmoid_attention_backward(const SigmoidAttentionBackward& problem, const Threads& threads);
 Status sigmoid_attention_backward(const SigmoidAttentionBackward& problem, Stream stream);
 
-// quantize_tokens: tokens in 8 or 4 bits with float scales, x ≈ scale · value (+ mean).
+// quantize_tokens: tokens in 8 or 4 bits with float scales, x ≈ scale · value (+ mean). On the GPU memory is 16-byte
+// aligned and the strides of x are multiples of 8 elements.
 
 // Tokens that share a scale: each by itself, or every fourth pair of tokens in 32, 64 or 128 (see `group_of`).
 inline constexpr std::int64_t kTokenGroups[] = {1, 8, 16, 32};
@@ -213,11 +214,20 @@ struct Permutation {
   const std::int32_t* order = nullptr;  // null: as they are
   std::int64_t batch = 1, heads = 1;
 
-  // The order of one head.
-  FASTATTN_HD const std::int32_t* at(std::int64_t b, std::int64_t h, std::int64_t tokens) const {
+  // That of head (b, h); null: as they are.
+  FASTATTN_HD const std::int32_t* row(std::int64_t b, std::int64_t h, std::int64_t tokens) const {
     return order == nullptr ? nullptr : order + ((batch == 1 ? 0 : b) * heads + (heads == 1 ? 0 : h)) * tokens;
   }
 };
+
+// The token that goes to a place of a head whose order is `row` of a permutation; −1: none.
+FASTATTN_HD int token_at(const std::int32_t* row, int place, int tokens) {
+  if (place >= tokens) {
+    return -1;
+  }
+  const int token = row == nullptr ? place : row[place];
+  return token < tokens ? max_of(token, -1) : -1;
+}
 
 struct QuantizeTokens {
   TensorView x;  // [batch, tokens, heads, head_dim]
@@ -229,9 +239,12 @@ struct QuantizeTokens {
   // Values [batch, heads, head_dim, padded_tokens(tokens)], in the order of token_in_slot(), scales like mean, group
   // kAllTokens.
   bool transpose = false;
-  Permutation permutation;  // an entry that names no token gives zeros
+  Permutation permutation;    // an entry that names no token gives zeros
+  void* workspace = nullptr;  // quantize_tokens_workspace(…) bytes
 };
 
+std::size_t quantize_tokens_workspace(const QuantizeTokens& problem, const Threads& threads);
+std::size_t quantize_tokens_workspace(const QuantizeTokens& problem, Stream stream);
 Status quantize_tokens(const QuantizeTokens& problem, const Threads& threads);
 Status quantize_tokens(const QuantizeTokens& problem, Stream stream);
 

@@ -86,8 +86,9 @@ def quantize_tokens(
     correction: ``scale · mean · k`` is missing from every score of key k.
 
     Args:
-        x: ``[batch, tokens, heads, head_dim]``, float32, float16 or bfloat16, on the CPU; any strides as long as the
-            last dimension is contiguous; head_dim a multiple of 8 up to 256.
+        x: ``[batch, tokens, heads, head_dim]``, float16 or bfloat16, on the CPU float32 as well; any strides as long as
+            the last dimension is contiguous; head_dim a multiple of 8 up to 256. Given the mean, a Hopper GPU and a CPU
+            give the same bits.
         format: "int8"; "int4", from -7 to 7, two in a byte; or "fp8", which is e4m3.
         group: how many tokens share a scale: 1, or 8, 16 or 32, for which the tokens of 32, 64 or 128 are dealt out in
             pairs to four groups: group g of the four has tokens 8 i + 2 g and 8 i + 2 g + 1. A thread that holds scores

@@ -84,9 +84,11 @@ const Test refusals("quantize_tokens: what is refused", [] {
       "permutation must be of 1 or 1 batch entries and 1 or 1 heads, got 1 and 3");
   refuse([](auto& p) { p.values = nullptr; }, "values has no data");
   refuse([](auto& p) { p.scales = nullptr; }, "scales has no data");
-  Problem p;
-  const std::string got = quantize_tokens(p.description(), Stream{}).message;
-  check(got == "quantize_tokens: x must be on the CPU: there is no GPU kernel of this op yet", "got '" + got + "'");
+  if (!built_with_cuda()) {
+    Problem p;
+    const std::string got = quantize_tokens(p.description(), Stream{}).message;
+    check(got.find("without CUDA") != std::string::npos, "got '" + got + "'");
+  }
 });
 
 }  // namespace

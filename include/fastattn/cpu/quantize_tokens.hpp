@@ -11,28 +11,6 @@ namespace fastattn::cpu {
 // The tokens of a task: whole runs of groups of every size. Also what is added up before it meets a longer sum.
 inline constexpr int kTokenTile = 128;
 
-// A smaller scale would have a reciprocal past float's range. With this one all denormals are far below half a step:
-// they become 0 whether or not the machine flushes them.
-inline constexpr float kSmallestScale = 0x1p-100f;
-
-// A shade below the largest float: with the scale of this magnitude no value times the scale overflows.
-inline constexpr float kLargestMagnitude = 0x1.fffff8p127f;
-
-// `largest` is the largest magnitude of the group. Where it is not finite the scale says so, for all of the group.
-template <class Isa, class Format>
-float scale_of(float largest) {
-  if (!(largest < kInfinity)) {
-    return std::numeric_limits<float>::quiet_NaN();
-  }
-  return largest == 0.f ? 0.f : max_of(min_of(largest, kLargestMagnitude) / Format::kLargest, kSmallestScale);
-}
-
-// 0 for a group of zeros and for one that is not finite.
-template <class Isa>
-float inverse_of(float scale) {
-  return scale > 0.f ? 1.f / scale : 0.f;
-}
-
 // The largest magnitude of x[0, width); NaN if not all are finite.
 template <class Isa>
 float magnitude(const float* x, int width) {
@@ -118,15 +96,14 @@ void load_tokens(float* tile, const QuantizeTokens& p, std::int64_t b, std::int6
                  const float* mean) {
   using V = Vector<Isa>;
   const int dim = static_cast<int>(p.x.head_dim()), width = round_up<Isa>(dim);
-  const std::int64_t tokens = p.x.seq();
-  const std::int32_t* const order = p.permutation.at(b, h, tokens);
+  const int tokens = static_cast<int>(p.x.seq());
+  const std::int32_t* const order = p.permutation.row(b, h, tokens);
   for (int i = 0; i < count; ++i, tile += width) {
-    const std::int64_t place = first + (p.transpose ? token_in_slot(i) : i);
-    const std::int64_t token = place >= tokens || order == nullptr ? place : order[place];
-    const bool exists = token >= 0 && token < tokens;
+    const int place = static_cast<int>(first) + (p.transpose ? token_in_slot(i) : i);
+    const int token = token_at(order, place, tokens);
     for (int d = 0; d < width; d += V::kWidth) {
       const V some =
-          exists ? load_some<Isa>(p.x.row<const Element>(b, token, h) + d, dim - d) - V::load(mean + d) : V(0.f);
+          token >= 0 ? load_some<Isa>(p.x.row<const Element>(b, token, h) + d, dim - d) - V::load(mean + d) : V(0.f);
       some.store(tile + d);
     }
   }
@@ -146,9 +123,7 @@ void quantize_channels(const QuantizeTokens& p, std::int64_t b, std::int64_t h) 
       p.mean[offset + d] = mean;
     }
     if (p.transpose) {
-      // Rounding is monotonic: the extremes of what is left are what is left of the extremes. mean − mean is 0 or NaN.
-      const float largest = max_of(channels.most[d] - centre, centre - channels.least[d]) + (mean - mean);
-      p.scales[offset + d] = scale_of<Isa, Format>(largest);
+      p.scales[offset + d] = scale_of<Format>(largest_between(channels.least[d], channels.most[d], mean, centre));
     }
   }
 }
@@ -169,8 +144,8 @@ void quantize_rows(const QuantizeTokens& p, const float* tile, std::int64_t b, s
   float inverse[kTokenTile];
   float* const scales = p.scales + (b * heads + h) * groups + first_group;
   for (int g = 0; g < min_of(kTokenTile / p.group, groups - first_group); ++g) {
-    scales[g] = scale_of<Isa, Format>(largest[g]);
-    inverse[g] = inverse_of<Isa>(scales[g]);
+    scales[g] = scale_of<Format>(largest[g]);
+    inverse[g] = inverse_of(scales[g]);
   }
   const int row = dim * Format::kBits / 8;
   for (int i = 0; i < count; ++i) {
@@ -201,7 +176,7 @@ void quantize_columns(const QuantizeTokens& p, const float* tile, float* rows, s
   }
   const std::int64_t length = padded_tokens(p.x.seq()), first_row = (b * p.x.heads() + h) * dim;
   for (int d = 0; d < dim; ++d) {
-    encode<Isa, Format>(rows + d * kTokenTile, count, inverse_of<Isa>(p.scales[first_row + d]),
+    encode<Isa, Format>(rows + d * kTokenTile, count, inverse_of(p.scales[first_row + d]),
                         static_cast<std::uint8_t*>(p.values) + ((first_row + d) * length + first) * Format::kBits / 8);
   }
 }

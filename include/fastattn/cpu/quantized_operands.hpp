@@ -124,7 +124,7 @@ struct QuantizedOperands {
     }
 
     void store(int token, const float* sums, const RowResult& result) const {
-      const std::int32_t* const order = p_.order.at(b_, h_, p_.q.seq());
+      const std::int32_t* const order = p_.order.row(b_, h_, p_.q.seq());
       const std::int64_t to = order == nullptr ? token : order[token];
       const float* const scales =
           p_.v_scales == nullptr ? nullptr : p_.v_scales + (b_ * p_.k.heads() + kv_head_) * dim();

@@ -1,4 +1,5 @@
-// Element types of 8 and 4 bits: what they hold, and how a float is rounded to them (to nearest, ties to even).
+// Element types of 8 and 4 bits: what they hold, how a float is rounded to them (to nearest, ties to even), and the
+// scale of floats that are rounded together.
 #pragma once
 
 #include "fastattn/operand/element.hpp"
@@ -41,6 +42,13 @@ struct Float8E4M3 {
 
 FASTATTN_HD constexpr float to_float(std::int8_t x) { return x; }
 
+// A smaller scale would have a reciprocal past float's range. With this one all denormals are far below half a step:
+// they become 0 whether or not the machine flushes them.
+inline constexpr float kSmallestScale = 0x1p-100f;
+
+// A shade below the largest float: with the scale of this magnitude no value times the scale overflows.
+inline constexpr float kLargestMagnitude = 0x1.fffff8p127f;
+
 constexpr int bits_of(TokenFormat format) { return format == TokenFormat::kInt4 ? Int4::kBits : Int8::kBits; }
 
 FASTATTN_HD constexpr float to_float(Float8E4M3 x) {
@@ -71,6 +79,24 @@ FASTATTN_HD constexpr Float8E4M3 from_float<Float8E4M3>(float x) {
 FASTATTN_HD int round_product(float x, float y) {
   constexpr float kShift = 0x1.8p23f;  // floats of its size are the integers
   return std::bit_cast<int>(fused_multiply_add(x, y, kShift)) - std::bit_cast<int>(kShift);
+}
+
+// The scale of floats of which `largest` is the largest magnitude. Where that is not finite the scale says so.
+template <class Format>
+FASTATTN_HD float scale_of(float largest) {
+  if (!(largest < kInfinity)) {
+    return std::numeric_limits<float>::quiet_NaN();
+  }
+  return largest == 0.f ? 0.f : max_of(min_of(largest, kLargestMagnitude) / Format::kLargest, kSmallestScale);
+}
+
+// What values are multiplied by; 0 for a group of zeros and for one that is not finite.
+FASTATTN_HD float inverse_of(float scale) { return scale > 0.f ? 1.f / scale : 0.f; }
+
+// The largest magnitude of x − centre where x lies between two extremes: rounding is monotonic. `mean` is that of x,
+// and not finite if not all of it is: mean − mean is 0 or NaN.
+FASTATTN_HD float largest_between(float least, float most, float mean, float centre) {
+  return max_of(most - centre, centre - least) + (mean - mean);
 }
 
 }  // namespace fastattn
