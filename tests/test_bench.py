@@ -1,11 +1,13 @@
 """The harness, its records, and what shows them."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import typer
+from bench import quantize_tokens as quantize_bench
 from bench import readme, records
 from bench.__main__ import Measurement, chosen_cases, measure
 from bench.attention import BandCase
@@ -13,8 +15,8 @@ from bench.op import Contestant, Op
 from bench.ops import OPS
 
 from fastattn import measure as measuring
-from fastattn import reference
-from fastattn.measure import Part
+from fastattn import quantize_tokens, reference
+from fastattn.measure import Part, relative_error
 
 MACHINE = {"cpu": "a CPU", "threads": 2, "instruction_set": "avx2", "torch": "2.11", "gemm_tflops": 0.2}
 
@@ -133,3 +135,17 @@ def test_a_failing_peer_is_reported_and_costs_the_others_nothing() -> None:
 
 def test_readme_shows_the_records() -> None:
     assert readme.is_current(), "run `python -m bench.readme`"
+
+
+@pytest.mark.parametrize("case", quantize_bench.CASES, ids=lambda case: case.name)
+def test_tokens_are_quantized_in_torch_as_by_the_op(case: quantize_bench.Case) -> None:
+    x = torch.randn(2, 256, 3, 16)
+    ours = quantize_tokens(x, **case.options)
+    values, scales = quantize_bench.eager(x, case)
+    theirs = replace(ours, values=values, scales=scales)
+    assert values.shape == ours.values.shape
+    torch.testing.assert_close(scales, ours.scales)
+    assert relative_error(theirs.dequantize(), ours.dequantize()) < 1e-2  # ties fall as divisions are rounded
+    count, times = quantize_bench.measure(case, (1, 128, 2, 16), CPU, seconds=0)
+    assert count > 0
+    assert min(times.values()) > 0

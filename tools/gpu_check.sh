@@ -46,6 +46,10 @@ sanitizer() {
         done
       done
     done
+    # No attention, so not in the program. Each tensor is an allocation of its own: memcheck sees where it ends.
+    run "$tool.quantize_tokens" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --error-exitcode 9 \
+      --report-api-errors no "$python" -m pytest -m gpu -p no:cacheprovider tests/test_quantize_tokens.py \
+      -k "bits_of_the_cpu or head_dims"
   done
 }
 
@@ -62,6 +66,7 @@ bench() {
 records() {
   # shellcheck disable=SC2086  # BENCH_ARGS is a list of words
   run records "$python" -m bench --device cuda --output "$out/results" ${BENCH_ARGS:-}
+  run records.quantize_tokens "$python" -m bench.quantize_tokens --device cuda
 }
 
 ncu() {
