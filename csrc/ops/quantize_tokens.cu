@@ -68,14 +68,12 @@ __global__ void __launch_bounds__(kTokenThreads) survey_kernel(const __grid_cons
   Survey::survey_chunk(p, part, static_cast<int>(threadIdx.x), shared);
 }
 
-std::int64_t num_channels(const QuantizeTokens& p) { return p.x.batch() * p.x.heads() * p.x.head_dim(); }
-
 // A warp for each channel.
 template <class Format>
 __global__ void __launch_bounds__(kTokenThreads) channels_kernel(const __grid_constant__ QuantizeTokens p) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const std::int64_t channel = (std::int64_t{blockIdx.x} * kTokenThreads + threadIdx.x) / 32;
-  if (channel >= p.x.batch() * p.x.heads() * p.x.head_dim()) {
+  if (channel >= num_channels(p)) {
     return;  // all of the warp
   }
   ChannelSurvey all = survey_chunks(p, channel, lane);
@@ -119,15 +117,9 @@ Status run(const QuantizeTokens& p, Stream stream) {
 // Calls run.operator()<Format>().
 template <class Run>
 Status with_format(TokenFormat format, Run&& run) {
-  switch (format) {
-    case TokenFormat::kInt8:
-      return run.template operator()<Int8>();
-    case TokenFormat::kInt4:
-      return run.template operator()<Int4>();
-    case TokenFormat::kFloat8:
-      return run.template operator()<Float8E4M3>();
-  }
-  return failure("%s: format is none of TokenFormat's", kOp);
+  return format == TokenFormat::kInt8   ? run.template operator()<Int8>()
+         : format == TokenFormat::kInt4 ? run.template operator()<Int4>()
+                                        : run.template operator()<Float8E4M3>();
 }
 
 Status check_memory(const QuantizeTokens& p) {
@@ -169,7 +161,8 @@ Status quantize_tokens(const QuantizeTokens& p, Stream stream) {
 }
 
 std::size_t quantize_tokens_workspace(const QuantizeTokens& p, Stream) {
-  return needs_survey(p) ? num_channels(p) * num_chunks(num_tokens(p)) * sizeof(ChannelSurvey) : 0;
+  const int tokens = static_cast<int>(min_of(p.x.seq(), kMaxSeq));  // nothing has judged the problem yet
+  return needs_survey(p) ? num_channels(p) * num_chunks(tokens) * sizeof(ChannelSurvey) : 0;
 }
 
 }  // namespace fastattn

@@ -317,6 +317,12 @@ Status check_sigmoid(const char* op, const SigmoidAttention& problem) {
              : failure("%s: bias must be finite, got %g", op, static_cast<double>(problem.bias));
 }
 
+Status check_format(const char* op, TokenFormat format) {
+  return format == TokenFormat::kInt8 || format == TokenFormat::kInt4 || format == TokenFormat::kFloat8
+             ? Status{}
+             : failure("%s: format must be one of TokenFormat's, got %d", op, static_cast<int>(format));
+}
+
 Status check_group(const char* op, const QuantizeTokens& problem) {
   if (problem.transpose) {
     return problem.group == kAllTokens
@@ -470,7 +476,7 @@ Status validate(const QuantizeTokens& problem) {
   const char* op = "quantize_tokens";
   const Named x{"x", problem.x};
   for (const Status& status : {check_dtype(op, x), check_layout(op, x, problem.x.dtype), check_head_dim(op, problem.x),
-                               check_seq(op, x), check_group(op, problem)}) {
+                               check_seq(op, x), check_format(op, problem.format), check_group(op, problem)}) {
     if (!status.ok()) {
       return status;
     }

@@ -37,6 +37,7 @@ FASTATTN_HD float channel_of(const Unit& unit, int i) {
 }
 
 FASTATTN_HD int num_tokens(const QuantizeTokens& p) { return static_cast<int>(p.x.seq()); }
+FASTATTN_HD std::int64_t num_channels(const QuantizeTokens& p) { return p.x.batch() * p.x.heads() * p.x.head_dim(); }
 
 // Where a block works: tile or chunk `index` of the tokens of a head.
 struct TokenPart {

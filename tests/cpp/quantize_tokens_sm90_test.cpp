@@ -22,7 +22,7 @@ namespace {
 constexpr std::int64_t kBatch = 2, kHeads = 3;
 constexpr int kGuard = 64;  // bytes past the results that must stay as they are
 
-// body(block, part) for each block of a launch.
+// body(part) for each block of a launch.
 template <class Kernel, class Body>
 void for_blocks(const QuantizeTokens& p, const Body& body) {
   const std::int64_t blocks = p.x.batch() * p.x.heads() * Kernel::parts(p);
@@ -84,7 +84,7 @@ void run_survey(const QuantizeTokens& p) {
       Survey::survey_chunk(p, part, thread, *shared);
     }
   });
-  for (std::int64_t channel = 0; channel < p.x.batch() * p.x.heads() * p.x.head_dim(); ++channel) {
+  for (std::int64_t channel = 0; channel < num_channels(p); ++channel) {
     ChannelSurvey lanes[32];
     for (int lane = 0; lane < 32; ++lane) {
       lanes[lane] = survey_chunks(p, channel, lane);

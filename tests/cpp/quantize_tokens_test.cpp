@@ -73,6 +73,7 @@ const Test refusals("quantize_tokens: what is refused", [] {
   refuse([](auto& p) { p.x.data = nullptr; }, "x has no data");
   refuse([](auto& p) { p.x.shape[3] = 4; }, "head_dim must be a multiple of 8 between 8 and 256, got 4");
   refuse([](auto& p) { p.x.shape[1] = std::int64_t{1} << 30; }, "x must be shorter than 2^30, got 1073741824");
+  refuse([](auto& p) { p.format = static_cast<TokenFormat>(9); }, "format must be one of TokenFormat's, got 9");
   refuse([](auto& p) { p.group = 2; }, "group must be 1, 8, 16 or 32, got 2");
   refuse([](auto& p) { p.transpose = true; },
          "with transpose a scale is of all tokens and group must be left out, got 1");
