@@ -117,9 +117,10 @@ Status run(const QuantizeTokens& p, Stream stream) {
 // Calls run.operator()<Format>().
 template <class Run>
 Status with_format(TokenFormat format, Run&& run) {
-  return format == TokenFormat::kInt8   ? run.template operator()<Int8>()
-         : format == TokenFormat::kInt4 ? run.template operator()<Int4>()
-                                        : run.template operator()<Float8E4M3>();
+  return format == TokenFormat::kInt8         ? run.template operator()<Int8>()
+         : format == TokenFormat::kInt4       ? run.template operator()<Int4>()
+         : format == TokenFormat::kInt4InByte ? run.template operator()<Int4InByte>()
+                                              : run.template operator()<Float8E4M3>();
 }
 
 Status check_memory(const QuantizeTokens& p) {

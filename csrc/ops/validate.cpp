@@ -318,9 +318,14 @@ Status check_sigmoid(const char* op, const SigmoidAttention& problem) {
 }
 
 Status check_format(const char* op, TokenFormat format) {
-  return format == TokenFormat::kInt8 || format == TokenFormat::kInt4 || format == TokenFormat::kFloat8
-             ? Status{}
-             : failure("%s: format must be one of TokenFormat's, got %d", op, static_cast<int>(format));
+  switch (format) {
+    case TokenFormat::kInt8:
+    case TokenFormat::kInt4:
+    case TokenFormat::kInt4InByte:
+    case TokenFormat::kFloat8:
+      return {};
+  }
+  return failure("%s: format must be one of TokenFormat's, got %d", op, static_cast<int>(format));
 }
 
 Status check_group(const char* op, const QuantizeTokens& problem) {

@@ -223,7 +223,7 @@ struct TokenColumns {
       int token[kPerWord];
       std::uint32_t exists = 0;  // all bits of the values of tokens that there are
       for (int i = 0; i < kPerWord; ++i) {
-        token[i] = token_at(order, first + i, num_tokens(p));
+        token[i] = token_at(order, token_in_slot(first + i), num_tokens(p));
         exists |= (token[i] >= 0 ? (1u << Format::kBits) - 1 : 0) << (Format::kBits * i);
       }
       const UnitColumn<Element> column(p, part, channel);

@@ -205,7 +205,7 @@ constexpr std::int64_t padded_tokens(std::int64_t tokens) { return ceil_div(toke
 // The token in a slot of such a row. A thread holds weights of tokens 2 g, 2 g + 1, 2 g + 8 and 2 g + 9 of sixteen in a
 // WGMMA accumulator, where g is its place in a quad; as an operand of 8 bits the next product takes them to be its
 // slots 4 g … 4 g + 3. In this order of the values they are what it takes them for.
-FASTATTN_HD constexpr std::int64_t token_in_slot(std::int64_t slot) {
+FASTATTN_HD constexpr int token_in_slot(int slot) {
   return slot / 16 * 16 + slot % 4 / 2 * 8 + slot % 16 / 4 * 2 + slot % 2;
 }
 

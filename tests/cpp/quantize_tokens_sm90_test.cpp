@@ -116,9 +116,10 @@ void run_format(const QuantizeTokens& p) {
 
 template <class Element>
 void run(const QuantizeTokens& p) {
-  p.format == TokenFormat::kInt8   ? run_format<Element, Int8>(p)
-  : p.format == TokenFormat::kInt4 ? run_format<Element, Int4>(p)
-                                   : run_format<Element, Float8E4M3>(p);
+  p.format == TokenFormat::kInt8         ? run_format<Element, Int8>(p)
+  : p.format == TokenFormat::kInt4       ? run_format<Element, Int4>(p)
+  : p.format == TokenFormat::kInt4InByte ? run_format<Element, Int4InByte>(p)
+                                         : run_format<Element, Float8E4M3>(p);
 }
 
 // Aligned as memory of a GPU is.
@@ -251,7 +252,8 @@ void compare(const Options& o) {
 
 const Test bits("quantize_tokens on a GPU: every bit is that of a CPU", [] {
   int turn = 0;
-  for (const TokenFormat format : {TokenFormat::kInt8, TokenFormat::kInt4, TokenFormat::kFloat8}) {
+  for (const TokenFormat format :
+       {TokenFormat::kInt8, TokenFormat::kInt4, TokenFormat::kInt4InByte, TokenFormat::kFloat8}) {
     for (const std::int64_t group :
          {std::int64_t{1}, std::int64_t{8}, std::int64_t{16}, std::int64_t{32}, kAllTokens}) {
       for (const std::int64_t tokens : {1, 31, 33, 128, 129, 257, 300}) {
