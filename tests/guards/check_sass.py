@@ -55,9 +55,7 @@ def main(library: str) -> None:
     if found := complaints(kernels):
         sys.exit("\n".join([f"{library}: its GPU kernels are not what they should be:", *found]))
     main_kernels = sum(1 for name in kernels if MAIN_KERNELS.search(name))
-    print(
-        f"{library}: {main_kernels} main kernels, all with warpgroup products, none with local memory among its products"
-    )  # noqa: T201
+    print(f"{library}: {main_kernels} main kernels with warpgroup products, no local memory among these")  # noqa: T201
 
 
 if __name__ == "__main__":
