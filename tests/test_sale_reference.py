@@ -11,7 +11,6 @@ from torch import Tensor
 
 from fastattn import reference
 from fastattn.block_list import BlockList
-from fastattn.reference.quantize import key_groups, quantize, query_groups, round_trip
 from fastattn.reference.sale import (
     block_scores,
     calibrate_sale,
@@ -36,32 +35,7 @@ def near(seq_q: int, seq_k: int, **options: Any) -> Tensor:
     return BlockList.sink_and_window(1, 2, seq_q=seq_q, seq_k=seq_k, block_size=SIZE, **options).to_mask()
 
 
-# Quantization.
-
-
-def test_groups_are_those_of_a_thread() -> None:
-    queries, keys = query_groups(50), key_groups(80, tile=32)
-    assert (queries == 3).nonzero().flatten().tolist() == [3, 11]
-    assert (queries == queries[48]).nonzero().flatten().tolist() == [48], "there is no row 56"
-    assert (keys == 1).nonzero().flatten().tolist() == [2, 3, 10, 11, 18, 19, 26, 27]
-    assert (keys == keys[79]).nonzero().flatten().tolist() == [70, 71, 78, 79]
-    assert (key_groups(128, tile=128) == 0).sum() == 32
-
-
-@pytest.mark.parametrize("bits", [4, 8])
-def test_round_trip_is_within_half_a_scale(bits: int) -> None:
-    x = torch.randn(2, 77, 3, 64).double()
-    x[0, 16:32] = 0
-    groups = key_groups(77)
-    integers, scale = quantize(x, groups, bits)
-    limit = 2 ** (bits - 1) - 1
-    assert torch.equal(integers, integers.round())
-    for group in groups.unique():
-        assert integers[1, groups == group].abs().amax((0, 2)).eq(limit).all(), "the largest magnitude is exact"
-        assert scale[:, groups == group].std(1).eq(0).all()
-    assert (round_trip(x, groups, bits) - x).abs().le(scale / 2 * (1 + 1e-12)).all()
-    assert torch.equal(quantize(-8 * x, groups, bits)[0], -integers), "symmetric, and the same at any magnitude"
-    assert torch.equal(quantize(0 * x, groups, bits)[0], 0 * x)
+# Estimates.
 
 
 def test_query_mean_is_exact() -> None:

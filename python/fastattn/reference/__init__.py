@@ -5,7 +5,6 @@ Written for float64 and for comparison. Nothing here shares code with the kernel
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -224,22 +223,18 @@ def quantize_tokens(
         order = permutation.expand(x.shape[0], x.shape[2], -1).transpose(1, 2)[..., None].expand_as(x)
         names_a_token = (order >= 0) & (order < x.shape[1])
         x = torch.where(names_a_token, x.gather(1, order.long() * names_a_token), 0)
-    tokens = range(x.shape[1])
-    groups: list[tuple[Any, Any]]  # the tokens and the channels of each
+    magnitudes, tokens = x.abs(), range(x.shape[1])
     if transpose:
-        groups = [(slice(None), channel) for channel in range(x.shape[3])]
+        largest = magnitudes.amax(1, keepdim=True) if x.shape[1] else magnitudes
     elif group is None or group == 1:
-        groups = [([token], slice(None)) for token in tokens]
+        largest = magnitudes.amax(3, keepdim=True)
     else:
         names = [(token // (4 * group), token % 8 // 2) for token in tokens]
-        groups = [([t for t in tokens if names[t] == name], slice(None)) for name in set(names)]
-    scales = torch.zeros_like(x)
-    for head in range(x.shape[2]):
-        for batch in range(x.shape[0]):
-            of_head, of_x = scales[batch, :, head], x[batch, :, head]
-            for members in groups:
-                largest = of_x[members].abs().amax() if of_x.numel() else 0
-                of_head[members] = largest / {"int8": 127, "int4": 7, "fp8": 448}[format]
+        largest = torch.zeros_like(x)
+        for name in set(names):
+            members = [token for token in tokens if names[token] == name]
+            largest[:, members] = magnitudes[:, members].amax((1, 3), keepdim=True)
+    scales = (largest / {"int8": 127, "int4": 7, "fp8": 448}[format]).expand_as(x)
     values = torch.where(scales == 0, 0, x / scales)
     values = values.to(torch.float8_e4m3fn).to(x.dtype) if format == "fp8" else values.round()
     return values, scales, mean

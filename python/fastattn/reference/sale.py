@@ -22,8 +22,7 @@ import torch
 from torch import Tensor
 
 from ..block_list import BlockList
-from . import attention, band_mask, block_sparse_attention
-from .quantize import key_groups, query_groups, round_trip
+from . import attention, band_mask, block_sparse_attention, quantize_tokens
 
 
 def block_scores(
@@ -36,7 +35,7 @@ def block_scores(
     causal: bool = True,
     scale: float | None = None,
     bits: int | None = 4,
-    key_tile: int = 32,
+    group: int = 8,
 ) -> Tensor:
     """ln of each block's greatest relative attention score, ``[batch, heads, query blocks, key blocks]``.
 
@@ -46,7 +45,7 @@ def block_scores(
         q, k: ``[batch, seq, heads or kv_heads, head_dim]``; float64 for comparison.
         sink, window: blocks, as in ``BlockList.sink_and_window``.
         bits: of the estimate; None estimates exactly.
-        key_tile: keys that share 4 scales, see ``key_groups``.
+        group: keys that share a scale, see ``quantize_tokens``. A query has one of its own.
     """
     seq_q, seq_k = q.shape[1], k.shape[1]
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
@@ -58,7 +57,7 @@ def block_scores(
     # how it is rounded.
     k = k - k.mean(1, keepdim=True)
     exact = _scores(q, k, scale)
-    estimate = exact if bits is None else estimated_scores(q, k, scale=scale, bits=bits, key_tile=key_tile)
+    estimate = exact if bits is None else estimated_scores(q, k, scale=scale, bits=bits, group=group)
 
     # ln l. A kernel has m, the row's maximum in the sink and the window, and l over exp(m); then S has to reach
     # m + ln(threshold · l), and the printed ln(threshold · l + m) is a slip. A query that sees no key of the sink or
@@ -70,15 +69,21 @@ def block_scores(
     return _block_max(log_relative, block_size).masked_fill(near.to_mask(), math.inf)
 
 
-def estimated_scores(q: Tensor, k: Tensor, *, scale: float, bits: int = 4, key_tile: int = 32) -> Tensor:
+def estimated_scores(q: Tensor, k: Tensor, *, scale: float, bits: int = 4, group: int = 8) -> Tensor:
     """Scaled scores of low-bit queries and keys, ``[batch, heads, seq_q, seq_k]``; ``k`` is smoothed already.
 
     Queries are smoothed here. Their mean does change the weights, so its scores are added to the low-bit product,
-    exactly: the published kernel rounds them to the integers' grid, and the scales to half precision.
+    exactly: the published kernel rounds them to the integers' grid, and the scales to half precision. There two queries
+    share a scale, rows r and r + 8 of every 16: here each has its own, which costs a thread of WGMMA as much.
     """
     mean = q.mean(1, keepdim=True)
-    low_q = round_trip(q - mean, query_groups(q.shape[1]), bits)
-    low_k = round_trip(k, key_groups(k.shape[1], key_tile), bits)
+    low_q, low_k = (
+        values * scales
+        for values, scales, _ in (
+            quantize_tokens(q - mean, format=f"int{bits}"),
+            quantize_tokens(k, format=f"int{bits}", group=group),
+        )
+    )
     return _scores(low_q, low_k, scale) + _scores(mean, k, scale)
 
 
