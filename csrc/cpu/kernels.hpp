@@ -55,6 +55,11 @@ struct QuantizeTokensKernels {
 };
 extern const QuantizeTokensKernels kQuantizeTokensAvx2, kQuantizeTokensAvx512;
 
+struct EstimateBlocksKernels {
+  void (*run)(const EstimateBlocks& problem, const Threads& threads);
+};
+extern const EstimateBlocksKernels kEstimateBlocksAvx2, kEstimateBlocksAvx512;
+
 // The table for this machine; null where it lacks AVX2.
 template <class Table>
 const Table* best_of(const Table& avx2, const Table& avx512) {

@@ -1,9 +1,11 @@
 #include "validate.hpp"
 
+#include <algorithm>
 #include <cmath>
 #include <cstdarg>
 #include <cstdio>
 #include <initializer_list>
+#include <iterator>
 
 #include "fastattn/plan/neighborhood_tiles.hpp"
 
@@ -45,9 +47,16 @@ Status check_dtype(const char* op, Named tensor) {
   return {};
 }
 
-Status check_head_dim(const char* op, const TensorView& view) {
-  if (view.head_dim() < kHeadDimStep || view.head_dim() > kMaxHeadDim || view.head_dim() % kHeadDimStep != 0) {
-    return failure("%s: head_dim must be a multiple of 8 between 8 and 256, got %lld", op, Long{view.head_dim()});
+Status check_head_dim(const char* op, std::int64_t head_dim) {
+  if (head_dim < kHeadDimStep || head_dim > kMaxHeadDim || head_dim % kHeadDimStep != 0) {
+    return failure("%s: head_dim must be a multiple of 8 between 8 and 256, got %lld", op, Long{head_dim});
+  }
+  return {};
+}
+
+Status check_scale(const char* op, float scale) {
+  if (!std::isfinite(scale) || scale <= 0.f) {
+    return failure("%s: scale must be finite and positive, got %g", op, static_cast<double>(scale));
   }
   return {};
 }
@@ -113,7 +122,7 @@ Status check_queries_and_keys(const char* op, const Problem& problem) {
       return status;
     }
   }
-  if (Status status = check_head_dim(op, q); !status.ok()) {
+  if (Status status = check_head_dim(op, q.head_dim()); !status.ok()) {
     return status;
   }
   if (k.head_dim() != q.head_dim()) {
@@ -131,10 +140,7 @@ Status check_queries_and_keys(const char* op, const Problem& problem) {
       return status;
     }
   }
-  if (!std::isfinite(problem.scale) || problem.scale <= 0.f) {
-    return failure("%s: scale must be finite and positive, got %g", op, static_cast<double>(problem.scale));
-  }
-  return {};
+  return check_scale(op, problem.scale);
 }
 
 // Those, and values of the same dtype.
@@ -213,6 +219,13 @@ Status check_block_rows(const char* op, const char* name, const BlockRows& rows,
   return {};
 }
 
+Status check_block_size(const char* op, TileShape block) {
+  const auto allowed = [](int size) { return size == 64 || size == 128; };
+  return allowed(block.q) && allowed(block.k)
+             ? Status{}
+             : failure("%s: a block must have 64 or 128 queries, and keys, got %d x %d", op, block.q, block.k);
+}
+
 // The shape of the lists. Their contents are in the device's memory, and trusted.
 template <class Problem>
 Status check_blocks(const char* op, const Problem& problem, const BlockLists& blocks) {
@@ -221,11 +234,8 @@ Status check_blocks(const char* op, const Problem& problem, const BlockLists& bl
     return failure("%s: blocks must be of %lld queries and %lld keys, as q and k are, got %d and %d", op,
                    Long{problem.q.seq()}, Long{problem.k.seq()}, first.num_q, first.num_k);
   }
-  for (const int size : {first.block.q, first.block.k}) {
-    if (size != 64 && size != 128) {
-      return failure("%s: a block must have 64 or 128 queries, and keys, got %d x %d", op, first.block.q,
-                     first.block.k);
-    }
+  if (Status status = check_block_size(op, first.block); !status.ok()) {
+    return status;
   }
   if ((batch != 1 && batch != problem.q.batch()) || (heads != 1 && heads != problem.q.heads())) {
     return failure("%s: blocks must be of 1 or %lld batch entries and 1 or %lld heads, got %d and %d", op,
@@ -328,6 +338,21 @@ Status check_format(const char* op, TokenFormat format) {
   return failure("%s: format must be one of TokenFormat's, got %d", op, static_cast<int>(format));
 }
 
+const char* name_of(TokenFormat format) {
+  switch (format) {
+    case TokenFormat::kInt8:
+      return "int8";
+    case TokenFormat::kInt4:
+    case TokenFormat::kInt4InByte:
+      return "int4";
+    case TokenFormat::kFloat8:
+      return "fp8";
+  }
+  return "an unknown format";
+}
+
+bool is_token_group(std::int64_t group) { return std::ranges::find(kTokenGroups, group) != std::end(kTokenGroups); }
+
 Status check_group(const char* op, const QuantizeTokens& problem) {
   if (problem.transpose) {
     return problem.group == kAllTokens
@@ -335,12 +360,29 @@ Status check_group(const char* op, const QuantizeTokens& problem) {
                : failure("%s: with transpose a scale is of all tokens and group must be left out, got %lld", op,
                          Long{problem.group});
   }
-  for (const std::int64_t group : kTokenGroups) {
-    if (problem.group == group) {
-      return {};
+  return is_token_group(problem.group) ? Status{}
+                                       : failure("%s: group must be 1, 8, 16 or 32, got %lld", op, Long{problem.group});
+}
+
+Status check_quantized(const char* op, const char* name, const QuantizedTokens& x) {
+  for (const std::int64_t size : {x.batch, x.tokens, x.heads, x.head_dim}) {
+    if (size < 0) {
+      return failure("%s: %s has a negative size, %lld", op, name, Long{size});
     }
   }
-  return failure("%s: group must be 1, 8, 16 or 32, got %lld", op, Long{problem.group});
+  if (x.format != TokenFormat::kInt8 && x.format != TokenFormat::kInt4) {
+    return failure("%s: %s must be int8 or int4, got %s", op, name, name_of(x.format));
+  }
+  if (x.tokens > kMaxSeq) {
+    return failure("%s: %s must be shorter than 2^30, got %lld", op, name, Long{x.tokens});
+  }
+  if (!is_token_group(x.group)) {
+    return failure("%s: the group of %s must be 1, 8, 16 or 32, got %lld", op, name, Long{x.group});
+  }
+  if (x.batch * x.tokens * x.heads > 0 && (x.values == nullptr || x.scales == nullptr)) {
+    return failure("%s: the %s of %s have no data", op, x.values == nullptr ? "values" : "scales", name);
+  }
+  return {};
 }
 
 Status check_permutation(const char* op, const char* name, const Permutation& permutation, Named of) {
@@ -480,7 +522,7 @@ Status validate(const QuantizedAttention& problem) {
 Status validate(const QuantizeTokens& problem) {
   const char* op = "quantize_tokens";
   const Named x{"x", problem.x};
-  for (const Status& status : {check_dtype(op, x), check_layout(op, x, problem.x.dtype), check_head_dim(op, problem.x),
+  for (const Status& status : {check_dtype(op, x), check_layout(op, x, problem.x.dtype), check_head_dim(op, problem.x.head_dim()),
                                check_seq(op, x), check_format(op, problem.format), check_group(op, problem)}) {
     if (!status.ok()) {
       return status;
@@ -491,6 +533,54 @@ Status validate(const QuantizeTokens& problem) {
   }
   if (problem.x.size() > 0 && (problem.values == nullptr || problem.scales == nullptr)) {
     return failure("%s: %s has no data", op, problem.values == nullptr ? "values" : "scales");
+  }
+  return {};
+}
+
+Status validate(const EstimateBlocks& problem) {
+  const char* op = "estimate_blocks";
+  const QuantizedTokens &q = problem.q, &k = problem.k;
+  for (const Status& status : {check_quantized(op, "q", q), check_quantized(op, "k", k)}) {
+    if (!status.ok()) {
+      return status;
+    }
+  }
+  if (Status status = check_head_dim(op, q.head_dim); !status.ok()) {
+    return status;
+  }
+  if (q.group != 1) {
+    return failure("%s: each token of q must have a scale, group 1, got %lld", op, Long{q.group});
+  }
+  if (k.format != q.format) {
+    return failure("%s: k must have the format of q, %s, got %s", op, name_of(q.format), name_of(k.format));
+  }
+  if (k.head_dim != q.head_dim) {
+    return failure("%s: k must have the head_dim of q, %lld, got %lld", op, Long{q.head_dim}, Long{k.head_dim});
+  }
+  if (k.batch != q.batch) {
+    return failure("%s: k must have the batch size of q, %lld, got %lld", op, Long{q.batch}, Long{k.batch});
+  }
+  if (q.heads > 0 && (k.heads == 0 || q.heads % k.heads != 0)) {
+    return failure("%s: the heads of q must be a multiple of those of k, got %lld and %lld", op, Long{q.heads},
+                   Long{k.heads});
+  }
+  if (Status status = check_scale(op, problem.scale); !status.ok()) {
+    return status;
+  }
+  if (Status status = check_block_size(op, problem.block); !status.ok()) {
+    return status;
+  }
+  if (problem.sink < 0 || problem.window < 0) {
+    return failure("%s: %s must not be negative, got %lld", op, problem.sink < 0 ? "sink" : "window",
+                   Long{problem.sink < 0 ? problem.sink : problem.window});
+  }
+  const bool has_rows = q.batch * q.tokens * q.heads > 0;
+  const char* const missing = has_rows && problem.floor == nullptr                     ? "floor"
+                              : has_rows && problem.counts == nullptr                  ? "counts"
+                              : has_rows && k.tokens > 0 && problem.indices == nullptr ? "indices"
+                                                                                       : nullptr;
+  if (missing != nullptr) {
+    return failure("%s: %s is needed and has no data", op, missing);
   }
   return {};
 }

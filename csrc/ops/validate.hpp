@@ -28,6 +28,7 @@ Status validate(const SigmoidAttention& problem);
 Status validate(const SigmoidAttentionBackward& problem);
 Status validate(const QuantizedAttention& problem);
 Status validate(const QuantizeTokens& problem);
+Status validate(const EstimateBlocks& problem);
 
 // Rows of results; zero means that the forward has nothing to write.
 template <class Problem>

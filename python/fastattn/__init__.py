@@ -9,6 +9,7 @@ from . import _library
 from .attention import attention
 from .block_list import BlockList
 from .block_sparse_attention import block_sparse_attention
+from .estimate_blocks import estimate_blocks
 from .merge_attention import merge_attention
 from .neighborhood_attention import neighborhood_attention
 from .paro import ParoPlan, calibrate_paro, paro_attention
@@ -28,6 +29,7 @@ __all__ = [
     "attention",
     "block_sparse_attention",
     "calibrate_paro",
+    "estimate_blocks",
     "merge_attention",
     "neighborhood_attention",
     "paro_attention",

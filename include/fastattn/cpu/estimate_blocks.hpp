@@ -1,0 +1,141 @@
+// The executor of estimate_blocks: products of low-bit integers, which floats hold exactly, against a floor.
+#pragma once
+
+#include "fastattn/cpu/matrix_product.hpp"
+#include "fastattn/operand/low_bit.hpp"
+#include "fastattn/schedule/band.hpp"
+#include "fastattn/schedule/sink_and_window.hpp"
+
+namespace fastattn::cpu {
+
+inline constexpr int kMaxBlockSide = 128;
+
+// The rows of a tile as floats, `width` each; zeros past head_dim.
+template <class Isa, class Format>
+void unpack_rows(float* tile, const QuantizedTokens& x, std::int64_t b, std::int64_t h, int first, int count) {
+  const int dim = static_cast<int>(x.head_dim), width = round_up<Isa>(dim), bytes = dim * Format::kBits / 8;
+  for (int i = 0; i < count; ++i, tile += width) {
+    const std::int64_t row = (b * x.tokens + first + i) * x.heads + h;
+    const auto* const values = static_cast<const std::int8_t*>(x.values) + row * bytes;
+    for (int d = 0; d < bytes; ++d) {
+      if constexpr (std::is_same_v<Format, Int4>) {
+        const int pair = values[d];
+        tile[2 * d] = static_cast<float>(static_cast<int>(static_cast<unsigned>(pair) << 28) >> 28);
+        tile[2 * d + 1] = static_cast<float>(pair >> 4);
+      } else {
+        tile[d] = static_cast<float>(values[d]);
+      }
+    }
+    for (int d = dim; d < width; ++d) {
+      tile[d] = 0.f;
+    }
+  }
+}
+
+// What a key adds to the products of queries with it.
+struct KeyTerms {
+  float scale[kMaxBlockSide], term[kMaxBlockSide];
+};
+
+// Is one of these scores of a query that `keeps` leaves not below the floor? In every term the order of operations is
+// the op's definition. The loop has no branch and becomes vectors.
+template <class Isa, class Keeps>
+bool reaches_floor(const float* sums, const KeyTerms& keys, float query_scale, float floor, int count, Keeps keeps) {
+  int reached = 0;
+  for (int k = 0; k < count; ++k) {
+    const float score = fused_multiply_add(query_scale * keys.scale[k], sums[k], keys.term[k]);
+    reached |= static_cast<int>(!(score < floor)) & static_cast<int>(keeps(k));
+  }
+  return reached != 0;
+}
+
+// Behind the `count` entries of a row, which ascend, the other numbers below `width`.
+template <class Isa>
+void append_others(std::int32_t* row, int count, int width) {
+  for (int number = width - 1, place = width - 1, last = count - 1; place >= count; --number) {
+    if (last >= 0 && row[last] == number) {
+      --last;
+    } else {
+      row[place--] = number;
+    }
+  }
+}
+
+template <class Isa, class Format>
+void estimate_blocks(const EstimateBlocks& p, const Threads& threads) {
+  constexpr int kRows = padded_rows<Isa>(kMaxBlockSide);
+  static_assert(kMaxHeadDim * (kRows + 2 * kMaxBlockSide) + kRows * kMaxBlockSide <= kScratchFloats);
+  static_assert(kMaxHeadDim * Int8::kLargest * Int8::kLargest <= 0x1p24f);  // sums are exact
+  const int num_q = static_cast<int>(p.q.tokens), num_k = static_cast<int>(p.k.tokens);
+  const int blocks_q = ceil_div(num_q, p.block.q), blocks_k = ceil_div(num_k, p.block.k);
+  const int dim = static_cast<int>(p.q.head_dim), width = round_up<Isa>(dim);
+  const std::int64_t heads = p.q.heads, group = heads / max_of<std::int64_t>(p.k.heads, 1);
+  const Band band{num_q, num_k, num_k, p.causal ? 0 : num_q};
+
+  parallel_for(threads, p.q.batch * heads * blocks_q, [&](std::int64_t task) {
+    // The last rows of a head first: under a causal mask they are the longest.
+    const int row = static_cast<int>(blocks_q - 1 - task % blocks_q);
+    const std::int64_t h = task / blocks_q % heads, b = task / blocks_q / heads, own = b * heads + h;
+    const int first = row * p.block.q, queries = min_of(p.block.q, num_q - first);
+
+    Scratch scratch;
+    float* const q = scratch.take(kRows * width);
+    float* const sums = scratch.take(kRows * kMaxBlockSide);
+    float* const key_rows = scratch.take(kMaxBlockSide * width);
+    float* const key_columns = scratch.take(dim * kMaxBlockSide);
+    for (int i = queries * width; i < padded_rows<Isa>(queries) * width; ++i) {
+      q[i] = 0.f;
+    }
+    unpack_rows<Isa, Format>(q, p.q, b, h, first, queries);
+    const float* const q_scales = p.q.scales + own * num_q + first;
+    const float* const floors = p.floor + own * num_q + first;
+
+    KeyTerms keys;
+    const auto load_keys = [&](int first_key, int count) {
+      unpack_rows<Isa, Format>(key_rows, p.k, b, h / group, first_key, count);
+      Rows<const float, kMaxBlockSide> rows;
+      for (int i = 0; i < kMaxBlockSide; ++i) {
+        rows.row[i] = i < count ? key_rows + i * width : kZeroRow<float>;
+      }
+      const Panels<Isa> columns{key_columns, dim, round_up<Isa>(count)};
+      pack_columns(columns, rows);
+      const std::int64_t groups = num_groups(num_k, p.k.group);
+      const float* const scales = p.k.scales + (b * p.k.heads + h / group) * groups;
+      for (int i = 0; i < count; ++i) {
+        keys.scale[i] = scales[group_of(first_key + i, p.k.group)];
+        keys.term[i] = p.key_term == nullptr ? 0.f : p.key_term[own * num_k + first_key + i];
+      }
+      return columns;
+    };
+
+    const SinkAndWindow near = sink_and_window(row, num_q, num_k, p.block, p.sink, p.window);
+    std::int32_t* const listed = p.indices + (own * blocks_q + row) * blocks_k;
+    int count = 0;
+    for_each_tile(band, row, p.block, [&](int column, auto coverage, std::uint16_t cells) {
+      bool reached = near.contains(column);
+      if (!reached) {
+        const int first_key = column * p.block.k, num_keys = min_of(p.block.k, num_k - first_key);
+        multiply<Isa, Update::kOverwrite>(q, width, load_keys(first_key, num_keys), sums, kMaxBlockSide, queries);
+        const auto mask = band.tile_mask(row, column, p.block, cells);
+        for (int i = 0; i < queries && !reached; ++i) {
+          const auto reaches = [&](auto keeps) {
+            return reaches_floor<Isa>(sums + i * kMaxBlockSide, keys, p.scale * q_scales[i], floors[i], num_keys,
+                                      keeps);
+          };
+          if constexpr (coverage() == Coverage::kFull) {
+            reached = reaches([](int) { return true; });
+          } else {
+            reached = reaches([row_mask = mask.row(i)](int k) { return row_mask.keeps(k); });
+          }
+        }
+      }
+      if (reached) {
+        listed[count++] = column;
+      }
+    });
+    p.counts[own * blocks_q + row] = count;
+    append_others<Isa>(listed, count, blocks_k);
+  });
+}
+
+}  // namespace fastattn::cpu

@@ -1,0 +1,194 @@
+"""The blocks of scores that low-bit estimates find worth computing: the public function and its row of the op table."""
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ._ops import Op, register
+from .attention import kept_scores
+from .block_list import BlockList
+from .block_sparse_attention import block_sparse_attention
+
+KEY_GROUP = 8  # keys that share a scale, see quantize_tokens
+
+
+def estimate_blocks(
+    q: Tensor,
+    k: Tensor,
+    threshold: float | Tensor,
+    *,
+    block_size: tuple[int, int] = (128, 128),
+    sink: int = 1,
+    window: int = 2,
+    causal: bool = True,
+    scale: float | None = None,
+    bits: Literal[4, 8] = 4,
+    smooth_queries: bool = True,
+) -> BlockList:
+    r"""The blocks of scores that hold weight, found from queries and keys in 4 bits.
+
+    SALE: Low-bit Estimation for Efficient Sparse Attention in Long-context LLM Prefilling (arXiv 2505.24179). Blocks of
+    the sink and the window are always listed. A query's mass in them, the sum of exp(scores), is computed exactly; any
+    other block is listed if one of its estimated scores S has ``exp(S) >= threshold · mass``. The mass leaves the other
+    blocks out, so that with an exact estimate every block with an attention weight of at least the threshold is listed.
+
+    The threshold is met score by score, with one multiplication and no exponential for each.
+
+    Args:
+        q: ``[batch, seq_q, heads, head_dim]``, float32, float16 or bfloat16, on the CPU; strides and head_dim as in
+            ``fastattn.attention``.
+        k: ``[batch, seq_k, kv_heads, head_dim]``; ``heads`` is a multiple of ``kv_heads``.
+        threshold: of the relative score, for all heads, or float ``[heads]`` on the device of ``q``. 0 or less lists
+            all that ``causal`` leaves, inf the sink and the window alone. ``calibrate_sale`` finds it.
+        block_size: queries and keys of a block, each 64 or 128.
+        sink, window: blocks that are always listed, as in ``BlockList.sink_and_window``.
+        causal: hide the keys after each query.
+        scale: multiplies the scores, finite and positive; ``1 / sqrt(head_dim)`` if None.
+        bits: of the estimate, 4 or 8.
+        smooth_queries: round the queries less their mean, and add the mean's scores exactly. Without, an estimate
+            costs less and is less accurate if the mean is large. Keys are always smoothed.
+
+    Returns:
+        A ``BlockList`` for each batch entry and head, a constant to autograd. Where something is NaN its row of blocks
+        is listed whole.
+
+    Raises:
+        ValueError: for a threshold, a number of bits or a block size that is not allowed.
+        RuntimeError: for an argument that cannot be run. The message names the argument, what came and what is allowed.
+
+    Example:
+        >>> q, k = torch.randn(1, 1024, 8, 64), torch.randn(1, 1024, 2, 64)
+        >>> estimate_blocks(q, k, 0.05).counts.shape
+        torch.Size([1, 8, 8])
+    """
+    select = selector(
+        q,
+        k,
+        block_size=block_size,
+        sink=sink,
+        window=window,
+        causal=causal,
+        scale=scale,
+        bits=bits,
+        smooth_queries=smooth_queries,
+    )
+    return select(threshold)
+
+
+@torch.no_grad()
+def selector(
+    q: Tensor,
+    k: Tensor,
+    *,
+    block_size: tuple[int, int],
+    sink: int,
+    window: int,
+    causal: bool,
+    scale: float | None,
+    bits: int,
+    smooth_queries: bool,
+) -> Callable[[float | Tensor], BlockList]:
+    """``estimate_blocks`` for any threshold: all that does not depend on it is done once."""
+    if bits not in (4, 8):
+        raise ValueError(f"estimate_blocks: bits must be 4 or 8, got {bits}")
+    if q.dim() != 4 or k.dim() != 4:
+        raise ValueError(
+            "estimate_blocks: q and k must have 4 dimensions, [batch, seq, heads, head_dim], "
+            f"got {list(q.shape)} and {list(k.shape)}"
+        )
+    q, k = q.detach(), k.detach()
+    seq_q, seq_k = q.shape[1], k.shape[1]
+    factor = 1 / math.sqrt(max(q.shape[3], 1)) if scale is None else scale
+    near = BlockList.sink_and_window(
+        sink, window, seq_q=seq_q, seq_k=seq_k, block_size=block_size, causal=causal, device=q.device
+    )
+    _, log_mass = block_sparse_attention(q, k, k, near, scale=factor, return_lse=True)
+
+    quantize = partial(torch.ops.fastattn.quantize_tokens, format=f"int{bits}")
+    low_q, q_scales, q_mean = quantize(q, group=1, smooth=smooth_queries)
+    low_k, k_scales, k_mean = quantize(k, group=KEY_GROUP, smooth=True)
+    # Estimates are of keys less their mean, which lowers all scores of a query alike: the mass has to follow.
+    groups = (k.shape[2], q.shape[2] // max(k.shape[2], 1))
+    shift = (q.unflatten(2, groups) * k_mean[:, None, :, None]).sum(-1)
+    log_mass = log_mass - factor * shift.flatten(2).transpose(1, 2)
+    key_term = None
+    if smooth_queries:
+        scores_of_mean = ((k - k_mean[:, None])[:, :, :, None] * q_mean.unflatten(1, groups)[:, None]).sum(-1)
+        key_term = factor * scores_of_mean.flatten(2).transpose(1, 2)
+
+    def select(threshold: float | Tensor) -> BlockList:
+        counts, indices = torch.ops.fastattn.estimate_blocks(
+            low_q,
+            q_scales,
+            low_k,
+            k_scales,
+            log_mass + _log_threshold(threshold, q)[:, None],
+            key_term,
+            group=KEY_GROUP,
+            block_size=block_size,
+            sink=sink,
+            window=window,
+            causal=causal,
+            scale=factor,
+        )
+        return BlockList(counts, indices, seq_q, seq_k, block_size, causal=causal)
+
+    return select
+
+
+def _log_threshold(threshold: float | Tensor, q: Tensor) -> Tensor:
+    """float32 ``[heads]``, or ``[1]`` for all of them."""
+    if not isinstance(threshold, Tensor):
+        if math.isnan(threshold):
+            raise ValueError("estimate_blocks: threshold must be a number, got nan")
+        return torch.full((1,), math.log(threshold) if threshold > 0 else -math.inf, device=q.device)
+    if threshold.shape != q.shape[2:3] or not threshold.is_floating_point() or threshold.device != q.device:
+        raise ValueError(
+            f"estimate_blocks: threshold must be a float, or floating-point [heads] = [{q.shape[2]}] on {q.device}, "
+            f"got {str(threshold.dtype).removeprefix('torch.')} {list(threshold.shape)} on {threshold.device}"
+        )
+    return threshold.detach().float().clamp(min=0).log()
+
+
+def _fake(
+    q: Tensor,
+    q_scales: Tensor,
+    k: Tensor,
+    k_scales: Tensor,
+    floor: Tensor,
+    key_term: Tensor | None = None,
+    *,
+    block_size: Sequence[int],
+    **_: Any,
+) -> tuple[Tensor, Tensor]:
+    batch, seq_q, heads, _dim = q.shape
+    rows, columns = (seq_q + block_size[0] - 1) // block_size[0], (k.shape[1] + block_size[1] - 1) // block_size[1]
+    return (
+        q.new_empty((batch, heads, rows), dtype=torch.int32),
+        q.new_empty((batch, heads, rows, columns), dtype=torch.int32),
+    )
+
+
+def _flops(q: Tensor, q_scales: Tensor, k: Tensor, *rest: Tensor | None, causal: bool = False, **_: Any) -> int:
+    """Of all scores that are seen, those of the sink and the window included."""
+    batch, seq_q, heads, row = q.shape
+    head_dim = row * 2 if q.dtype == torch.uint8 else row
+    return 2 * batch * heads * head_dim * kept_scores(seq_q, k.shape[1], causal)
+
+
+register(
+    Op(
+        name="estimate_blocks",
+        schema="(Tensor q, Tensor q_scales, Tensor k, Tensor k_scales, Tensor floor, Tensor? key_term=None, *, "
+        "int group, int[] block_size, int sink, int window, bool causal=False, float scale) "
+        "-> (Tensor counts, Tensor indices)",
+        fake=_fake,
+        flops=_flops,
+        flops_read_data=True,
+        why_no_gradient="a choice has none.",
+    )
+)
