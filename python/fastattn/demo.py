@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from rich.box import SIMPLE
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from torch import Tensor
 from torch.nn.functional import normalize, scaled_dot_product_attention
 
 from . import reference
+from ._progress import progress_bar
 from .attention import attention, kept_scores
 from .block_list import BlockList
 from .block_sparse_attention import block_sparse_attention
@@ -63,11 +63,6 @@ def _require(modules: Sequence[str]) -> None:
         raise DemoError(f"it needs {', '.join(missing)}: pip install 'fastattn[demo]'")
 
 
-def _progress(console: Console) -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    return Progress(*columns, console=console, transient=True)
-
-
 # Part one: a sentence encoder.
 
 
@@ -86,7 +81,7 @@ def embed_text(device: torch.device, console: Console) -> None:
     if not texts:
         raise DemoError("it found no text to embed: run it inside fastattn's repository, or install the wheel")
     embeddings = {}
-    with _progress(console) as progress, torch.inference_mode():
+    with progress_bar(console) as progress, torch.inference_mode():
         for name in ("sdpa", "fastattn"):
             model.set_attn_implementation(name)
             task = progress.add_task(f"all-MiniLM-L6-v2 with {name}", total=len(texts))
@@ -219,7 +214,7 @@ class Result:
 def race(device: torch.device, output: Path, console: Console) -> None:
     problems = _problems(device)
     results = []
-    with _progress(console) as progress:
+    with progress_bar(console) as progress:
         task = progress.add_task("", total=len(problems))
         for problem in problems:
             progress.update(task, description=f"{prod(problem.tokens)} tokens, {problem.kind}")

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from importlib.util import find_spec
 from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from . import _plan_file
 from .attention import attention
 from .block_list import BlockList
 from .block_sparse_attention import block_sparse_attention
@@ -77,13 +77,9 @@ class ParoPlan:
         return ParoLayer(tokens, tokens.argsort(), blocks)
 
     def save(self, path: Path | str) -> None:
-        """As safetensors: some ``seq² / (8 block²)`` bytes for each head. Needs ``pip install 'fastattn[paro]'``."""
-        _require_safetensors()
-        from safetensors.torch import save_file
-
+        """As safetensors: some ``seq² / (8 block²)`` bytes for each head. Needs ``pip install 'fastattn[plans]'``."""
         numbers = {"grid": "x".join(map(str, self.grid)), "text": str(self.text), "block": str(self.block)}
-        tensors = {"orders": self.orders.contiguous(), "masks": self.masks.contiguous()}
-        save_file(tensors, path, metadata={"format": FORMAT, **numbers})
+        _plan_file.save(path, "ParoPlan", FORMAT, numbers, {"orders": self.orders, "masks": self.masks})
 
     @classmethod
     def load(cls, path: Path | str) -> "ParoPlan":
@@ -92,20 +88,10 @@ class ParoPlan:
         Raises:
             ValueError: if the file holds something else.
         """
-        _require_safetensors()
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            opened = safe_open(path, "pt")
-        except SafetensorError as error:
-            raise ValueError(f"ParoPlan: {path} must be a safetensors file: {error}") from None
-        with opened as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != FORMAT:
-                raise ValueError(f"ParoPlan: {path} must have format {FORMAT}, got {metadata.get('format')}")
-            frames, height, width = map(int, metadata["grid"].split("x"))
-            numbers = int(metadata["text"]), int(metadata["block"])
-            return cls((frames, height, width), *numbers, file.get_tensor("orders"), file.get_tensor("masks"))
+        numbers, tensors = _plan_file.load(path, "ParoPlan", FORMAT)
+        frames, height, width = map(int, numbers["grid"].split("x"))
+        shape = (frames, height, width)
+        return cls(shape, int(numbers["text"]), int(numbers["block"]), tensors["orders"], tensors["masks"])
 
 
 def paro_attention(
@@ -305,11 +291,6 @@ def block_statistics(
     tokens = (seq - torch.arange(blocks, device=q.device) * block).clamp(max=block)
     count = tokens[:, None] * tokens
     return BlockStatistics(total / batch, largest, small / batch - (block * block - count), count)
-
-
-def _require_safetensors() -> None:
-    if find_spec("safetensors") is None:
-        raise ImportError("ParoPlan: saving and loading need safetensors: pip install 'fastattn[paro]'")
 
 
 def _error(
