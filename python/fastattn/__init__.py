@@ -16,6 +16,7 @@ from .paro import ParoPlan, calibrate_paro, paro_attention
 from .plan import plan
 from .quantize_tokens import QuantizedTokens, quantize_tokens
 from .quantized_attention import quantized_attention
+from .sale import SalePlan, calibrate_sale, sale_attention
 from .sigmoid_attention import sigmoid_attention
 
 _library.load()
@@ -25,10 +26,12 @@ __all__ = [
     "BlockList",
     "ParoPlan",
     "QuantizedTokens",
+    "SalePlan",
     "__version__",
     "attention",
     "block_sparse_attention",
     "calibrate_paro",
+    "calibrate_sale",
     "estimate_blocks",
     "merge_attention",
     "neighborhood_attention",
@@ -36,5 +39,6 @@ __all__ = [
     "plan",
     "quantize_tokens",
     "quantized_attention",
+    "sale_attention",
     "sigmoid_attention",
 ]
