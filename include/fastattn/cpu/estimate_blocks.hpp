@@ -64,7 +64,8 @@ void append_others(std::int32_t* row, int count, int width) {
 template <class Isa, class Format>
 void estimate_blocks(const EstimateBlocks& p, const Threads& threads) {
   constexpr int kRows = padded_rows<Isa>(kMaxBlockSide);
-  static_assert(kMaxHeadDim * (kRows + 2 * kMaxBlockSide) + kRows * kMaxBlockSide <= kScratchFloats);
+  constexpr int kQueriesAtOnce = 4 * Isa::kRows;  // what is computed of a block before it may turn out to be listed
+  static_assert(kMaxHeadDim * (kRows + 2 * kMaxBlockSide) + kQueriesAtOnce * kMaxBlockSide <= kScratchFloats);
   static_assert(kMaxHeadDim * Int8::kLargest * Int8::kLargest <= 0x1p24f);  // sums are exact
   const int num_q = static_cast<int>(p.q.tokens), num_k = static_cast<int>(p.k.tokens);
   const int blocks_q = ceil_div(num_q, p.block.q), blocks_k = ceil_div(num_k, p.block.k);
@@ -80,7 +81,7 @@ void estimate_blocks(const EstimateBlocks& p, const Threads& threads) {
 
     Scratch scratch;
     float* const q = scratch.take(kRows * width);
-    float* const sums = scratch.take(kRows * kMaxBlockSide);
+    float* const sums = scratch.take(kQueriesAtOnce * kMaxBlockSide);
     float* const key_rows = scratch.take(kMaxBlockSide * width);
     float* const key_columns = scratch.take(dim * kMaxBlockSide);
     for (int i = queries * width; i < padded_rows<Isa>(queries) * width; ++i) {
@@ -115,17 +116,17 @@ void estimate_blocks(const EstimateBlocks& p, const Threads& threads) {
       bool reached = near.contains(column);
       if (!reached) {
         const int first_key = column * p.block.k, num_keys = min_of(p.block.k, num_k - first_key);
-        multiply<Isa, Update::kOverwrite>(q, width, load_keys(first_key, num_keys), sums, kMaxBlockSide, queries);
+        const Panels<Isa> columns = load_keys(first_key, num_keys);
         const auto mask = band.tile_mask(row, column, p.block, cells);
-        for (int i = 0; i < queries && !reached; ++i) {
-          const auto reaches = [&](auto keeps) {
-            return reaches_floor<Isa>(sums + i * kMaxBlockSide, keys, p.scale * q_scales[i], floors[i], num_keys,
-                                      keeps);
-          };
-          if constexpr (coverage() == Coverage::kFull) {
-            reached = reaches([](int) { return true; });
-          } else {
-            reached = reaches([row_mask = mask.row(i)](int k) { return row_mask.keeps(k); });
+        for (int part = 0; part < queries && !reached; part += kQueriesAtOnce) {
+          const int end = min_of(part + kQueriesAtOnce, queries);
+          multiply<Isa, Update::kOverwrite>(q + part * width, width, columns, sums, kMaxBlockSide, end - part);
+          for (int i = part; i < end && !reached; ++i) {
+            const auto keeps = [&, row_mask = mask.row(i)](int k) {
+              return coverage() == Coverage::kFull || row_mask.keeps(k);
+            };
+            reached = reaches_floor<Isa>(sums + (i - part) * kMaxBlockSide, keys, p.scale * q_scales[i], floors[i],
+                                         num_keys, keeps);
           }
         }
       }

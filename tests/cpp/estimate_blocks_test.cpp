@@ -1,0 +1,187 @@
+// estimate_blocks from C++: with every instruction set this machine has, against plain loops; and what is refused.
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "check.hpp"
+#include "cpu/kernels.hpp"
+#include "fastattn/fastattn.hpp"
+#include "fastattn/schedule/sink_and_window.hpp"
+#include "ops/validate.hpp"
+
+using namespace fastattn;
+
+namespace {
+
+constexpr std::int64_t kBatch = 2, kHeads = 4, kKvHeads = 2, kSeqQ = 200, kSeqK = 331;
+
+struct Problem {
+  std::vector<std::int8_t> q, k;  // numbers
+  std::vector<std::uint8_t> packed_q, packed_k;
+  std::vector<float> q_scales, k_scales, floor, key_term;
+  std::vector<std::int32_t> counts, indices;
+  EstimateBlocks description;
+
+  Problem(TokenFormat format, std::int64_t dim, std::int64_t group, TileShape block, bool causal) {
+    std::mt19937 random(1);
+    const int limit = format == TokenFormat::kInt4 ? 7 : 127;
+    const auto integers = [&](std::int64_t count) {
+      std::vector<std::int8_t> values;
+      for (std::int64_t i = 0; i < count; ++i) {
+        values.push_back(static_cast<std::int8_t>(std::uniform_int_distribution<int>(-limit, limit)(random)));
+      }
+      return values;
+    };
+    const auto floats = [&](std::int64_t count, float least, float most) {
+      std::vector<float> values;
+      for (std::int64_t i = 0; i < count; ++i) {
+        values.push_back(std::uniform_real_distribution<float>(least, most)(random));
+      }
+      return values;
+    };
+    const float root = std::sqrt(static_cast<float>(dim)), step = 1.f / static_cast<float>(limit);
+    q = integers(kBatch * kSeqQ * kHeads * dim);
+    k = integers(kBatch * kSeqK * kKvHeads * dim);
+    q_scales = floats(kBatch * kHeads * kSeqQ, 0.f, step);
+    k_scales = floats(kBatch * kKvHeads * num_groups(kSeqK, group), 0.f, step);
+    floor = floats(kBatch * kHeads * kSeqQ, 0.8f * root, 1.f * root);
+    key_term = floats(kBatch * kHeads * kSeqK, -0.1f, 0.1f);
+    packed_q = pack(q);
+    packed_k = pack(k);
+    counts.assign(kBatch * kHeads * ceil_div<std::int64_t>(kSeqQ, block.q), -1);
+    indices.assign(counts.size() * ceil_div<std::int64_t>(kSeqK, block.k), -1);
+    const bool is_packed = format == TokenFormat::kInt4;
+    description = {.q = {is_packed ? static_cast<void*>(packed_q.data()) : q.data(), q_scales.data(), kBatch, kSeqQ,
+                         kHeads, dim, format, 1},
+                   .k = {is_packed ? static_cast<void*>(packed_k.data()) : k.data(), k_scales.data(), kBatch, kSeqK,
+                         kKvHeads, dim, format, group},
+                   .floor = floor.data(),
+                   .key_term = key_term.data(),
+                   .scale = 0.9f,
+                   .block = block,
+                   .sink = 1,
+                   .window = 1,
+                   .causal = causal,
+                   .counts = counts.data(),
+                   .indices = indices.data()};
+  }
+
+  static std::vector<std::uint8_t> pack(const std::vector<std::int8_t>& values) {
+    std::vector<std::uint8_t> bytes;
+    for (std::size_t i = 0; i < values.size(); i += 2) {
+      bytes.push_back(static_cast<std::uint8_t>((values[i] & 15) | (values[i + 1] & 15) << 4));
+    }
+    return bytes;
+  }
+
+  bool reaches_floor(std::int64_t b, std::int64_t h, std::int64_t i, std::int64_t j) const {
+    const std::int64_t dim = description.q.head_dim, kv = h / (kHeads / kKvHeads), group = description.k.group;
+    int sum = 0;
+    for (std::int64_t d = 0; d < dim; ++d) {
+      sum += q[((b * kSeqQ + i) * kHeads + h) * dim + d] * k[((b * kSeqK + j) * kKvHeads + kv) * dim + d];
+    }
+    const std::int64_t row = (b * kHeads + h) * kSeqQ + i;
+    const float query_scale = description.scale * q_scales[row];
+    const float scale = query_scale * k_scales[(b * kKvHeads + kv) * num_groups(kSeqK, group) + group_of(j, group)];
+    const float score = std::fma(scale, static_cast<float>(sum), key_term[(b * kHeads + h) * kSeqK + j]);
+    return !(score < floor[row]);
+  }
+
+  // Row `row` of a head: the listed blocks, then the others.
+  std::vector<std::int32_t> expected(std::int64_t b, std::int64_t h, int row, std::int32_t& count) const {
+    const TileShape block = description.block;
+    const SinkAndWindow near = sink_and_window(row, kSeqQ, kSeqK, block, description.sink, description.window);
+    std::vector<std::int32_t> listed, others;
+    for (int column = 0; column * block.k < kSeqK; ++column) {
+      bool is_seen = false, is_listed = false;
+      for (std::int64_t i = row * block.q; i < min_of<std::int64_t>((row + 1) * block.q, kSeqQ); ++i) {
+        for (std::int64_t j = column * block.k; j < min_of<std::int64_t>((column + 1) * block.k, kSeqK); ++j) {
+          const bool sees = !description.causal || j <= i + kSeqK - kSeqQ;
+          is_seen = is_seen || sees;
+          is_listed = is_listed || (sees && reaches_floor(b, h, i, j));
+        }
+      }
+      (is_listed || (is_seen && near.contains(column)) ? listed : others).push_back(column);
+    }
+    count = static_cast<std::int32_t>(listed.size());
+    listed.insert(listed.end(), others.begin(), others.end());
+    return listed;
+  }
+};
+
+void check_against_loops(const char* name, const cpu::EstimateBlocksKernels& kernels) {
+  const struct {
+    TokenFormat format;
+    std::int64_t dim, group;
+    TileShape block;
+    bool causal;
+  } cases[] = {{TokenFormat::kInt4, 64, 8, {64, 64}, true},
+               {TokenFormat::kInt8, 40, 32, {128, 64}, true},
+               {TokenFormat::kInt4, 24, 1, {64, 128}, false},
+               {TokenFormat::kInt8, 128, 16, {128, 128}, false}};
+  for (const auto& [format, dim, group, block, causal] : cases) {
+    Problem p(format, dim, group, block, causal);
+    check(validate(p.description).ok(), validate(p.description).message);
+    kernels.run(p.description, StdThreads{2});
+    const int rows = ceil_div<int>(kSeqQ, block.q), columns = ceil_div<int>(kSeqK, block.k);
+    std::int64_t sum = 0;
+    for (std::int64_t i = 0; i < kBatch * kHeads * rows; ++i) {
+      std::int32_t count = 0;
+      const std::vector<std::int32_t> want = p.expected(i / rows / kHeads, i / rows % kHeads, i % rows, count);
+      const std::vector<std::int32_t> got(p.indices.begin() + i * columns, p.indices.begin() + (i + 1) * columns);
+      check(p.counts[i] == count && got == want, std::string(name) + ": row " + std::to_string(i));
+      sum += count;
+    }
+    check(sum < kBatch * kHeads * rows * columns, "some blocks are left out");
+  }
+}
+
+const Test loops("estimate_blocks: every bit", [] {
+  if (std::strcmp(cpu_instruction_set(), "none") != 0) {
+    check_against_loops("avx2", cpu::kEstimateBlocksAvx2);
+  }
+  if (std::strcmp(cpu_instruction_set(), "avx512") == 0) {
+    check_against_loops("avx512", cpu::kEstimateBlocksAvx512);
+  }
+});
+
+void refuse(void (*edit)(EstimateBlocks&), const char* message) {
+  Problem p(TokenFormat::kInt4, 64, 8, {64, 128}, true);
+  edit(p.description);
+  const std::string got = estimate_blocks(p.description, StdThreads{}).message;
+  check(got == std::string("estimate_blocks: ") + message, "got '" + got + "'");
+  check(p.counts[0] == -1 && p.indices[0] == -1, "nothing is written");
+}
+
+const Test refusals("estimate_blocks: what is refused", [] {
+  refuse([](auto& p) { p.q.tokens = -1; }, "q has a negative size, -1");
+  refuse([](auto& p) { p.q.format = TokenFormat::kFloat8; }, "q must be int8 or int4, got fp8");
+  refuse([](auto& p) { p.k.format = static_cast<TokenFormat>(9); }, "k must be int8 or int4, got an unknown format");
+  refuse([](auto& p) { p.k.tokens = std::int64_t{1} << 30; }, "k must be shorter than 2^30, got 1073741824");
+  refuse([](auto& p) { p.k.group = 2; }, "the group of k must be 1, 8, 16 or 32, got 2");
+  refuse([](auto& p) { p.q.values = nullptr; }, "the values of q have no data");
+  refuse([](auto& p) { p.k.scales = nullptr; }, "the scales of k have no data");
+  refuse([](auto& p) { p.q.head_dim = 12; }, "head_dim must be a multiple of 8 between 8 and 256, got 12");
+  refuse([](auto& p) { p.q.group = 8; }, "each token of q must have a scale, group 1, got 8");
+  refuse([](auto& p) { p.k.format = TokenFormat::kInt8; }, "k must have the format of q, int4, got int8");
+  refuse([](auto& p) { p.k.head_dim = 32; }, "k must have the head_dim of q, 64, got 32");
+  refuse([](auto& p) { p.k.batch = 1; }, "k must have the batch size of q, 2, got 1");
+  refuse([](auto& p) { p.k.heads = 3; }, "the heads of q must be a multiple of those of k, got 4 and 3");
+  refuse([](auto& p) { p.k.heads = 0; }, "the heads of q must be a multiple of those of k, got 4 and 0");
+  refuse([](auto& p) { p.scale = 0.f; }, "scale must be finite and positive, got 0");
+  refuse([](auto& p) { p.scale = HUGE_VALF; }, "scale must be finite and positive, got inf");
+  refuse([](auto& p) { p.block.q = 96; }, "a block must have 64 or 128 queries, and keys, got 96 x 128");
+  refuse([](auto& p) { p.sink = -1; }, "sink must not be negative, got -1");
+  refuse([](auto& p) { p.window = -2; }, "window must not be negative, got -2");
+  refuse([](auto& p) { p.floor = nullptr; }, "floor is needed and has no data");
+  refuse([](auto& p) { p.counts = nullptr; }, "counts is needed and has no data");
+  refuse([](auto& p) { p.indices = nullptr; }, "indices is needed and has no data");
+  Problem p(TokenFormat::kInt4, 64, 8, {64, 128}, true);
+  const std::string got = estimate_blocks(p.description, Stream{}).message;
+  check(got == "estimate_blocks: q must be on the CPU: there is no GPU kernel of this op yet", "got '" + got + "'");
+});
+
+}  // namespace
