@@ -84,14 +84,8 @@ def measure(
     seconds: float,
 ) -> list[Measurement]:
     """One case in every mode, all contestants on the same inputs."""
-    random = torch.Generator(device).manual_seed(0)
-
-    def normal(tokens: tuple[int, ...], heads: int) -> Tensor:
-        shape = (case.batch, *tokens, heads, case.head_dim)
-        return torch.randn(shape, generator=random, device=device).to(DTYPES[dtype])
-
-    q, dout = (normal(case.q_tokens, case.heads) for _ in range(2))
-    k, v = (normal(case.k_tokens, case.kv_heads) for _ in range(2))
+    q, k, v = case.inputs(device, DTYPES[dtype])
+    dout = torch.randn(q.shape, generator=torch.Generator(device).manual_seed(1), device=device).to(q.dtype)
     backward = modes != ["fwd"]
     keep = partial(case.keep, device=device)
     sample = Float64Sample(op.formula, keep, q, k, v, dout if backward else None)

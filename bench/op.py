@@ -72,6 +72,20 @@ class Case(ABC):
     def density(self) -> float:
         """The kept share of scores."""
 
+    def inputs(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k and v."""
+        random = torch.Generator(device).manual_seed(0)
+
+        def normal(tokens: tuple[int, ...], heads: int) -> Tensor:
+            shape = (self.batch, *tokens, heads, self.head_dim)
+            return torch.randn(shape, generator=random, device=device).to(dtype)
+
+        return (
+            normal(self.q_tokens, self.heads),
+            normal(self.k_tokens, self.kv_heads),
+            normal(self.k_tokens, self.kv_heads),
+        )
+
     def bound_speedup(self, device: torch.device) -> float | None:
         """How much faster than the dense op a sparse one could be there, by the tiles that it visits."""
         return None

@@ -1,5 +1,8 @@
 """The benchmarked ops."""
 
-from . import attention, block_sparse_attention, neighborhood_attention, sigmoid_attention
+from . import attention, block_sparse_attention, neighborhood_attention, sale_attention, sigmoid_attention
 
-OPS = {op.name: op for op in (attention.OP, block_sparse_attention.OP, neighborhood_attention.OP, sigmoid_attention.OP)}
+OPS = {
+    module.OP.name: module.OP
+    for module in (attention, block_sparse_attention, neighborhood_attention, sale_attention, sigmoid_attention)
+}

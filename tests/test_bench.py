@@ -38,6 +38,7 @@ SMALL = {
         "b1_9x13_h2_d8_w3x4_dil2x3_causal01",
         "b1_40_h1_d8_w7_s4",
     ],
+    "sale_attention": ["b1_s150_h4_kv2_d64_tau0_bits8", "b2_s300_h2_d64_tau0"],  # dense
     "sigmoid_attention": ["b2_s5x7_h4_kv2_d8_causal", "b1_s4x9_h2_d8"],
 }
 op_and_case = pytest.mark.parametrize(
@@ -59,10 +60,11 @@ def test_a_cases_density_is_that_of_its_mask(op: Op, name: str) -> None:
 
 @each_op
 def test_cases_are_named_once_in_python_and_in_cpp(op: Op) -> None:
-    program = (Path(__file__).parent.parent / "bench" / f"{op.name}.cpp").read_text()
+    program = Path(__file__).parent.parent / "bench" / f"{op.name}.cpp"
     for name in (*op.cases["cpu"], *op.cases["cuda"]):
         assert op.kind.parse(name).name == name
-        assert f'"{name}"' in program
+        # What torch puts together of several ops has no program.
+        assert f'"{name}"' in program.read_text() if program.exists() else op.name == "sale_attention"
 
 
 @each_op

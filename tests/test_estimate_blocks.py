@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fastattn import BlockList, estimate_blocks, quantize_tokens, reference
 from fastattn.reference import sale
-from structured import Structured
+from fastattn.structured import Structured
 
 OP = torch.ops.fastattn.estimate_blocks
 SIZES = [(64, 64), (128, 64), (64, 128), (128, 128)]

@@ -11,7 +11,7 @@ import fastattn
 from cases import relative_error
 from fastattn import SalePlan, block_sparse_attention, calibrate_sale, estimate_blocks, reference, sale_attention
 from fastattn.reference import sale
-from structured import Structured
+from fastattn.structured import Structured
 
 SIZE = (64, 64)
 

@@ -20,7 +20,7 @@ from fastattn.reference.sale import (
     l1_error,
     sale_attention,
 )
-from structured import Structured
+from fastattn.structured import Structured
 
 SIZE = (64, 64)
 SHAPES = [(300, 300), (130, 333), (333, 130), (1, 200), (64, 64), (65, 129), (1, 1)]

