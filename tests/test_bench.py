@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 import typer
+from bench import estimate_blocks, readme, records
 from bench import quantize_tokens as quantize_bench
-from bench import readme, records
 from bench.__main__ import Measurement, chosen_cases, measure
 from bench.attention import BandCase
 from bench.op import Contestant, Op
@@ -150,4 +150,11 @@ def test_tokens_are_quantized_in_torch_as_by_the_op(case: quantize_bench.Case) -
     assert relative_error(theirs.dequantize(), ours.dequantize()) < 1e-2  # ties fall as divisions are rounded
     count, times = quantize_bench.measure(case, (1, 128, 2, 16), CPU, seconds=0)
     assert count > 0
+    assert min(times.values()) > 0
+
+
+def test_the_steps_of_sale_are_timed() -> None:
+    listed, times = estimate_blocks.measure(estimate_blocks.Case(512, heads=2, kv_heads=1, head_dim=64), CPU, seconds=0)
+    assert 0 < listed <= 1
+    assert len(times) == 4
     assert min(times.values()) > 0
