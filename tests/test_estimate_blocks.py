@@ -185,6 +185,28 @@ def test_largest_integers_have_an_exact_product() -> None:
     assert problem.run((64, 64), sink=0, window=0, causal=False, scale=1.0).counts.item() == 0
 
 
+@pytest.mark.parametrize("group", [8, 16, 32])
+@pytest.mark.parametrize("special", [None, math.nan, math.inf, 0.0, 3e38], ids=str)
+def test_the_greatest_product_of_a_group_decides(group: int, special: float | None) -> None:
+    """Without a key term, as a GPU's threads may judge: one comparison for the keys of a block that share a scale."""
+    problem = Problem.random(130, 260, group=group, with_key_term=False)
+    if special is not None:
+        for scales in (problem.q_scales, problem.k_scales):
+            scales[torch.rand(scales.shape) < 0.01] = special
+    product = torch.einsum("bqhd,bkhd->bhqk", problem.q.double(), problem.k.repeat_interleave(2, 2).double())
+    listed = []
+    for block in torch.arange(260).split(64):
+        groups = block // (4 * group) * 4 + block % 8 // 2
+        reached = torch.zeros(2, 4, 130, dtype=torch.bool)
+        for own in groups.unique():
+            factor = problem.q_scales * problem.k_scales.repeat_interleave(2, 1)[..., own, None]
+            greatest = product[..., block[groups == own]].amax(-1).float()
+            reached |= ~(factor * greatest < problem.floor)
+        listed.append(torch.stack([rows.any(-1) for rows in reached.split(64, -1)], -1))
+    got = problem.run((64, 64), sink=0, window=0, causal=False, scale=1.0).to_mask()
+    assert torch.equal(got, torch.stack(listed, -1))
+
+
 SPECIAL = [math.nan, math.inf, 0.0, 2.0**-100, 3e38, 1e-40]
 
 
@@ -279,7 +301,7 @@ def assert_agrees(q: Tensor, k: Tensor, thresholds: tuple[float, ...] = THRESHOL
 def test_agrees_with_the_reference_where_there_is_structure(
     block_size: tuple[int, int], causal: bool, bits: int
 ) -> None:
-    q, k, _ = Structured(700, batch=2, heads=4, kv_heads=2, head_dim=128).inputs(dtype=torch.float32)
+    q, k, _ = Structured(700, heads=4, kv_heads=2, head_dim=128).inputs(dtype=torch.float32)
     assert_agrees(q, k, block_size=block_size, causal=causal, bits=bits)
 
 

@@ -145,7 +145,8 @@ def _log_threshold(threshold: float | Tensor, q: Tensor) -> Tensor:
     if not isinstance(threshold, Tensor):
         if math.isnan(threshold):
             raise ValueError("estimate_blocks: threshold must be a number, got nan")
-        return torch.full((1,), math.log(threshold) if threshold > 0 else -math.inf, device=q.device)
+        log = math.log(threshold) if threshold > 0 else -math.inf
+        return torch.full((1,), log, dtype=torch.float32, device=q.device)
     if threshold.shape != q.shape[2:3] or not threshold.is_floating_point() or threshold.device != q.device:
         raise ValueError(
             f"estimate_blocks: threshold must be a float, or floating-point [heads] = [{q.shape[2]}] on {q.device}, "
