@@ -52,11 +52,7 @@ struct ForwardKernel {
 
   using Operands = typename Variant::Operands;
   using Key = typename Operands::Key;
-  using Value = typename Operands::Value;
-  using Weight = typename Operands::Weight;
-  static constexpr bool kQuantized = kIsQuantized<Operands>;    // products are to be scaled
-  static constexpr bool kPacked = kHasPackedWeights<Operands>;  // weights, and sums of a tile, are the tile's own
-  static constexpr int kWeightRegisters = kTile.k / (kPacked ? 8 : 4);
+  static constexpr bool kQuantized = kIsQuantized<Operands>;  // products are to be scaled
   using Score = typename Variant::Score;
   using Params = ForwardParams<Variant>;
   using QueryTile = SharedTile<Key, kTile.q, kHeadDim>;
@@ -230,15 +226,9 @@ struct ForwardKernel {
       }
     }();
 
-    float out[kHeadDim / 2] = {};
     Products<wgmma::Sum<Key>, kTile.k / 2> scores;
-    std::uint32_t weights[kWeightRegisters];
+    typename Operands::template Output<kTile, kHeadDim> out;
     typename Score::State state[2];
-    // Where weights are a tile's own: their products with its values, what these are to be multiplied by, and the next
-    // tile's weights.
-    [[maybe_unused]] Products<wgmma::Sum<Value>, kPacked ? kHeadDim / 2 : 1> sums;
-    [[maybe_unused]] float factor[2];
-    [[maybe_unused]] std::uint32_t next_weights[kPacked ? 2 * kWeightRegisters : 2];
 
     const auto issue_scores = [&] {
       wgmma::pin(scores.sums());
@@ -247,21 +237,7 @@ struct ForwardKernel {
                                      false);
       wgmma::commit();
     };
-    const auto issue_output = [&] {
-      if constexpr (kPacked) {
-        wgmma::pin(sums.sums());
-      } else {
-        wgmma::pin(out);
-      }
-      wgmma::pin(weights);
-      wgmma::fence();
-      if constexpr (kPacked) {
-        wgmma::multiply<Weight, Value>(weights, shared.v[position.v.stage].k_major(), sums.sums(), false);
-      } else {
-        wgmma::multiply<Weight, Value>(weights, shared.v[position.v.stage].mn_major(), out, true);
-      }
-      wgmma::commit();
-    };
+    const auto issue_output = [&] { out.issue(shared.v[position.v.stage]); };
     const auto release = [](auto& ring, auto& at) {
       ring.release(at);
       at.advance();
@@ -287,11 +263,7 @@ struct ForwardKernel {
         scales.of_tile(k_tile, key_scale, value, scale);
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
-          if constexpr (kPacked) {
-            decay[h] = score.absorb(state[h], PackedRow<Weight, kTile.k / 2>{{value, h, scale[h]}, next_weights});
-          } else {
-            decay[h] = score.absorb(state[h], ScaledRow<kTile.k / 2>{value, h, scale[h]});
-          }
+          decay[h] = score.absorb(state[h], out.row(value, h, scale[h]));
         }
       } else if constexpr (std::is_empty_v<typename Score::State>) {
         score.absorb(state[0], AccumulatorRow<kTile.k / 2, 2>{value});
@@ -300,31 +272,6 @@ struct ForwardKernel {
         for (int h = 0; h < 2; ++h) {
           decay[h] = score.absorb(state[h], AccumulatorRow<kTile.k / 2>{value, h});
         }
-      }
-    };
-    // Makes the operand of the next product with values.
-    const auto take_weights = [&] {
-      if constexpr (kPacked) {
-        join<Weight>(next_weights, weights);
-        factor[0] = state[0].factor;
-        factor[1] = state[1].factor;
-      } else {
-        pack<Weight>(scores.value, weights);
-      }
-    };
-    // The last product with values is done.
-    const auto take_output = [&] {
-      if constexpr (kPacked) {
-        wgmma::pin(sums.sums());
-        wgmma::pin(weights);
-        sums.convert();
-#pragma unroll
-        for (int i = 0; i < kHeadDim / 2; ++i) {
-          out[i] = fused_multiply_add(sums.value[i], factor[i / 2 % 2], out[i]);
-        }
-      } else {
-        wgmma::pin(out);
-        wgmma::pin(weights);
       }
     };
 
@@ -340,7 +287,7 @@ struct ForwardKernel {
       wgmma::pin(scores.sums());
       release(shared.k_ring, position.k);
       absorb(run.first, run.coverage, run.cells, key_scale);
-      take_weights();
+      out.take_weights(scores.value, state);
       ++run.first, --run.count;
 
       const auto step = [&](int k_tile, auto coverage, std::uint16_t cells) {
@@ -356,14 +303,14 @@ struct ForwardKernel {
         release(shared.k_ring, position.k);
         absorb(k_tile, coverage(), cells, key_scale);
         wgmma::wait<0>();
-        take_output();
+        out.finish();
         release(shared.v_ring, position.v);
-        take_weights();
+        out.take_weights(scores.value, state);
         if constexpr (Score::kRescales) {
           if (__any_sync(0xffffffffu, decay[0] != 1.f || decay[1] != 1.f)) {  // seldom, as the policy sees to
 #pragma unroll
             for (int i = 0; i < kHeadDim / 2; ++i) {
-              out[i] *= decay[i / 2 % 2];
+              out.value[i] *= decay[i / 2 % 2];
             }
           }
         }
@@ -379,12 +326,13 @@ struct ForwardKernel {
       shared.v_ring.wait(position.v);
       issue_output();
       wgmma::wait<0>();
-      take_output();
+      out.finish();
       release(shared.v_ring, position.v);
     }
 
     const RowResult rows[2] = {score.finish(state[0], sum_over_row), score.finish(state[1], sum_over_row)};
-    params.epilogue.store(out, rows, shared.q[position.q.stage].staging(), warpgroup, work.batch, work.head, token_of);
+    params.epilogue.store(out.value, rows, shared.q[position.q.stage].staging(), warpgroup, work.batch, work.head,
+                          token_of);
     publish_shared();  // the next queries are copied over what this thread has read
     shared.q_ring.release(position.q);
   }

@@ -14,6 +14,11 @@
 
 namespace fastattn::sm90 {
 
+template <class Operands, TileShape kTile, int kHeadDim>
+struct WideOutput;
+template <class Operands, TileShape kTile, int kHeadDim>
+struct PackedOutput;
+
 // Queries, keys and values of one 16-bit type, as they are.
 template <class Element>
 struct PlainOperands {
@@ -28,6 +33,8 @@ struct PlainOperands {
   using ValueTile = SharedTile<Value, kTile.k, kHeadDim>;
   template <class Origin>
   using ValueMap = TensorMap<Origin>;
+  template <TileShape kTile, int kHeadDim>
+  using Output = WideOutput<PlainOperands, kTile, kHeadDim>;
 };
 
 // Scales as a kernel takes them; see QuantizedAttention.
@@ -105,12 +112,13 @@ struct QuantizedOperands {
       std::conditional_t<kTransposed, SharedTile<Value, kHeadDim, kTile.k>, SharedTile<Value, kTile.k, kHeadDim>>;
   template <class Origin>
   using ValueMap = std::conditional_t<kTransposed, TransposedMap, TensorMap<Origin>>;
+  template <TileShape kTile, int kHeadDim>
+  using Output = std::conditional_t<kTransposed, PackedOutput<QuantizedOperands, kTile, kHeadDim>,
+                                    WideOutput<QuantizedOperands, kTile, kHeadDim>>;
 };
 
 template <class Operands>
 inline constexpr bool kIsQuantized = !std::is_empty_v<typename Operands::Scales>;
-template <class Operands>
-inline constexpr bool kHasPackedWeights = sizeof(typename Operands::Weight) == 1;
 
 // The products of a tile's queries and keys, kCount a thread: sums() is what the tensor cores add up, `value` the same
 // as floats once convert() is done.
@@ -178,18 +186,84 @@ struct PackedRow : ScaledRow<kCount> {
   }
 };
 
-// The A operand that pairs of weights are: columns 16 i and 16 i + 8 of a row share a register, see token_in_slot(). No
-// register of it may be written while a product that reads the one before is under way, so that this is a step of its
-// own.
-template <class Weight, int kCount>
-__device__ inline void join(const std::uint32_t (&pairs)[kCount], std::uint32_t (&operand)[kCount / 2]) {
+// The output of a query tile so far, and the weights that meet their values next. Here of 16 bits: their products are
+// added up in the output itself.
+template <class Operands, TileShape kTile, int kHeadDim>
+struct WideOutput {
+  float value[kHeadDim / 2] = {};
+  std::uint32_t weights[kTile.k / 4];
+
+  // Issues the product of the weights with the values of a tile.
+  template <class Values>
+  __device__ void issue(const Values& values) {
+    wgmma::pin(value);
+    wgmma::pin(weights);
+    wgmma::fence();
+    wgmma::multiply<typename Operands::Weight, typename Operands::Value>(weights, values.mn_major(), value, true);
+    wgmma::commit();
+  }
+  // That product is done.
+  __device__ void finish() {
+    wgmma::pin(value);
+    wgmma::pin(weights);
+  }
+  // A row of scaled scores as a policy sees it.
+  template <int kCount>
+  __device__ ScaledRow<kCount> row(float (&scores)[kCount], int h, float scale) {
+    return {scores, h, scale};
+  }
+  // The policy's weights become an operand. None of its registers may be written while a product that reads the one
+  // before is under way: to be called after finish().
+  template <class State>
+  __device__ void take_weights(const float (&scores)[kTile.k / 2], const State&) {
+    pack<typename Operands::Weight>(scores, weights);
+  }
+};
+
+// The same with weights of 8 bits, which are relative to their tile: so are its products, until they are added to the
+// output with the tile's factor.
+template <class Operands, TileShape kTile, int kHeadDim>
+struct PackedOutput {
+  using Weight = typename Operands::Weight;
+
+  float value[kHeadDim / 2] = {};
+  Products<wgmma::Sum<typename Operands::Value>, kHeadDim / 2> products;
+  std::uint32_t weights[kTile.k / 8], pairs[kTile.k / 4];
+  float factor[2];
+
+  template <class Values>
+  __device__ void issue(const Values& values) {
+    wgmma::pin(products.sums());
+    wgmma::pin(weights);
+    wgmma::fence();
+    wgmma::multiply<Weight, typename Operands::Value>(weights, values.k_major(), products.sums(), false);
+    wgmma::commit();
+  }
+  __device__ void finish() {
+    wgmma::pin(products.sums());
+    wgmma::pin(weights);
+    products.convert();
 #pragma unroll
-  for (int i = 0; i < kCount / 4; ++i) {
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      operand[2 * i + h] = DeviceElement<Weight>::join(pairs[4 * i + h], pairs[4 * i + 2 + h]);
+    for (int i = 0; i < kHeadDim / 2; ++i) {
+      value[i] = fused_multiply_add(products.value[i], factor[i / 2 % 2], value[i]);
     }
   }
-}
+  template <int kCount>
+  __device__ PackedRow<Weight, kCount> row(float (&scores)[kCount], int h, float scale) {
+    return {{scores, h, scale}, pairs};
+  }
+  // Columns 16 i and 16 i + 8 of a row share a register, see token_in_slot().
+  template <class State>
+  __device__ void take_weights(const float (&)[kTile.k / 2], const State (&state)[2]) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+#pragma unroll
+      for (int i = 0; i < kTile.k / 16; ++i) {
+        weights[2 * i + h] = DeviceElement<Weight>::join(pairs[4 * i + h], pairs[4 * i + 2 + h]);
+      }
+      factor[h] = state[h].factor;
+    }
+  }
+};
 
 }  // namespace fastattn::sm90
