@@ -398,7 +398,13 @@ Status check_permutation(const char* op, const char* name, const Permutation& pe
 Status check_values(const char* op, const QuantizedAttention& problem) {
   const TensorView &k = problem.k, &v = problem.v;
   if (!has_low_bits(v)) {
-    return check_like(op, {"v", v}, {"k", k}, v.dtype);
+    for (const Status& status : {check_dtype(op, {"v", v}), check_like(op, {"v", v}, {"k", k}, v.dtype)}) {
+      if (!status.ok()) {
+        return status;
+      }
+    }
+    return problem.v_scales == nullptr ? Status{}
+                                       : failure("%s: v_scales must be null for v of %s", op, name_of(v.dtype));
   }
   if (Status status = check_layout(op, {"v", v}, v.dtype); !status.ok()) {
     return status;
@@ -504,8 +510,14 @@ Status validate(const QuantizedAttention& problem) {
     return status;
   }
   const Named out{"out", problem.out};
-  const DType out_dtype = has_low_bits(problem.v) ? problem.out.dtype : problem.v.dtype;
-  for (const Status& status : {check_dtype(op, out), check_like(op, out, q, out_dtype),
+  if (!has_low_bits(problem.v) && problem.out.dtype != problem.v.dtype) {
+    return failure("%s: out must have the dtype of v, %s, got %s", op, name_of(problem.v.dtype),
+                   name_of(problem.out.dtype));
+  }
+  if (problem.blocks && (problem.window.left != kUnbounded || problem.window.right != kUnbounded)) {
+    return failure("%s: window must be left out where blocks are given", op);
+  }
+  for (const Status& status : {check_dtype(op, out), check_like(op, out, q, problem.out.dtype),
                                problem.blocks ? check_blocks(op, problem, *problem.blocks) : check_window(op, problem),
                                check_permutation(op, "order", problem.order, q)}) {
     if (!status.ok()) {

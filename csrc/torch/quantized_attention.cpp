@@ -41,7 +41,7 @@ std::tuple<Tensor, Tensor> quantized_attention(Tensor q, Tensor q_scales, Tensor
   require(low_bit_values || out_type == v.scalar_type(), kOp, ": dtype must be that of v, ", v.scalar_type(),
           ", or left out, got ", out_type);
   const std::int64_t batch = q.sizes()[0], seq_q = q.sizes()[1], heads = q.sizes()[2], dim = q.sizes()[3];
-  const std::int64_t seq_k = k.sizes()[1], kv_heads = k.sizes()[2];
+  const std::int64_t k_batch = k.sizes()[0], seq_k = k.sizes()[1], kv_heads = k.sizes()[2];
 
   QuantizedAttention problem;
   problem.q = view(q);
@@ -49,13 +49,12 @@ std::tuple<Tensor, Tensor> quantized_attention(Tensor q, Tensor q_scales, Tensor
   problem.v = view(v);
   q_scales = call.array("q_scales", q_scales, ScalarType::Float, "[batch, heads, seq_q]", {batch, heads, seq_q});
   k_scales = call.array("k_scales", k_scales, ScalarType::Float, "[batch, kv_heads, groups of 32 keys]",
-                        {batch, kv_heads, num_groups(seq_k, kKeyGroup)});
+                        {k_batch, kv_heads, num_groups(seq_k, kKeyGroup)});
   problem.q_scales = q_scales.const_data_ptr<float>();
   problem.k_scales = k_scales.const_data_ptr<float>();
-  problem.v_scales = floats(call, "v_scales", v_scales, "[batch, kv_heads, head_dim]", {batch, kv_heads, dim});
+  problem.v_scales = floats(call, "v_scales", v_scales, "[batch, kv_heads, head_dim]", {k_batch, kv_heads, dim});
   problem.key_term = floats(call, "key_term", key_term, "[batch, heads, seq_k]", {batch, heads, seq_k});
   problem.scale = scale_of(scale, q);
-  problem.window = window_of(kOp, causal, window);
 
   require(counts.has_value() == indices.has_value() && counts.has_value() == block_size.has_value(), kOp,
           ": counts, indices and block_size must be given together");
@@ -66,12 +65,18 @@ std::tuple<Tensor, Tensor> quantized_attention(Tensor q, Tensor q_scales, Tensor
     const Grid grid = grid_of(kOp, q, k, *counts, *block_size);
     rows = list_of(call, kRows, *counts, *indices, full, grid.of_rows());
     problem.blocks = lists_of(q, k, grid, *block_size, causal, rows->rows(), {});
+  } else {
+    problem.window = window_of(kOp, causal, window);
   }
   problem.order = call.permutation("order", order, batch, seq_q, heads);
 
   const Place place(q);
-  const Tensor out = torch::stable::new_empty(q, q.sizes(), out_type);
-  const Tensor lse = torch::stable::new_empty(q, Shape{batch, heads, seq_q}, ScalarType::Float);
+  // An order that names a token twice leaves another one's row to nobody.
+  const auto result = [&](const Shape& shape, ScalarType type) {
+    return order ? torch::stable::new_zeros(q, shape, type) : torch::stable::new_empty(q, shape, type);
+  };
+  const Tensor out = result({batch, seq_q, heads, dim}, out_type);
+  const Tensor lse = result({batch, heads, seq_q}, ScalarType::Float);
   const Workspace workspace(q, Place::kForwardWorkspace);
   problem.out = view(out);
   problem.lse = lse.mutable_data_ptr<float>();

@@ -268,7 +268,7 @@ struct QuantizedAttention {
   float scale = 1.f;
   Window window;
   std::optional<BlockLists> blocks;  // instead of the window
-  Permutation order;                 // row i of the result is token order[i] of `out` and `lse`
+  Permutation order;                 // row i of the result is token order[i] of `out` and `lse`, if there is such
   void* workspace = nullptr;         // kForwardWorkspace bytes
 };
 

@@ -70,7 +70,7 @@ def _merge_into_batch(name: str, packet: Any) -> Callable[..., Any]:
     """vmap: a tensor of an op has its batch in front, so the new dimension becomes a part of that.
 
     A vector, such as a bias for each head, has no batch: it is the same for all, and cannot be mapped. Block
-    lists and permutations, which are all that is not floating-point, may share one batch entry: it is repeated.
+    lists and permutations, which are int32 and bool, may share one batch entry: it is repeated.
     """
 
     def rule(info: Any, in_dims: tuple[int | None, ...], *tensors: Any, **options: Any) -> Any:
@@ -84,7 +84,7 @@ def _merge_into_batch(name: str, packet: Any) -> Callable[..., Any]:
                     raise NotImplementedError(f"fastattn::{name}: vmap over a bias, or over its gradient")
                 return tensor
             batched = tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
-            if not tensor.is_floating_point() and batched.shape[1] == 1:
+            if tensor.dtype in (torch.int32, torch.bool) and batched.shape[1] == 1:
                 batched = batched.expand(-1, batch, *batched.shape[2:])
             return batched.flatten(0, 1)
 

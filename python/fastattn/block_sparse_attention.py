@@ -98,7 +98,7 @@ def block_sparse_attention(
     return (out, lse) if return_lse else out
 
 
-def _block_list(
+def block_list(
     q: Tensor,
     k: Tensor,
     counts: Tensor,
@@ -107,6 +107,7 @@ def _block_list(
     block_size: Sequence[int],
     causal: bool,
 ) -> BlockList:
+    """Of the tensors that an op was given."""
     size_q, size_k = block_size
     full = None if full is None else full.contiguous()
     return BlockList(counts.contiguous(), indices.contiguous(), q.shape[1], k.shape[1], (size_q, size_k), full, causal)
@@ -129,7 +130,7 @@ def _forward_flops(
     if is_fake(counts) or counts.is_meta:
         kept = batch * heads * kept_scores(seq_q, k.shape[1], causal and full is None)
     else:
-        per_head = _block_list(q, k, counts, indices, full, block_size, causal).kept_scores
+        per_head = block_list(q, k, counts, indices, full, block_size, causal).kept_scores
         kept = int(per_head.expand(batch, heads).sum())
     return 4 * head_dim * kept
 
@@ -158,7 +159,7 @@ def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tenso
     q, k, v, counts, indices, full, out, lse = ctx.saved_tensors
     dout = torch.zeros_like(out) if dout is None else dout
     block_size, causal = ctx.options["block_size"], ctx.options["causal"]
-    columns = _block_list(q, k, counts, indices, full, block_size, causal).transpose()
+    columns = block_list(q, k, counts, indices, full, block_size, causal).transpose()
     dq, dk, dv = torch.ops.fastattn.block_sparse_attention_backward(
         dout, dlse, q, k, v, out, lse, counts, indices, full, *columns, **ctx.options
     )

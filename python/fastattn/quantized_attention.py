@@ -10,6 +10,7 @@ from torch._subclasses.fake_tensor import is_fake
 from ._ops import Op, register
 from .attention import kept_scores
 from .block_list import BlockList
+from .block_sparse_attention import block_list
 from .quantize_tokens import Format, quantize_tokens
 
 Values = Literal["int8", "fp8", "bf16"]
@@ -110,15 +111,8 @@ def quantized_attention(
         raise ValueError(f"quantized_attention: qk must be 'int8', 'int4' or 'fp8', got {qk!r}")
     if pv not in ("int8", "fp8", "bf16"):
         raise ValueError(f"quantized_attention: pv must be 'int8', 'fp8' or 'bf16', got {pv!r}")
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.dim() != 4:
-            raise ValueError(
-                f"quantized_attention: {name} must have 4 dimensions, [batch, seq, heads, head_dim], got {[*x.shape]}"
-            )
-    if not q.dtype == k.dtype == v.dtype:
-        raise ValueError(
-            f"quantized_attention: q, k and v must have the same dtype, got {q.dtype}, {k.dtype} and {v.dtype}"
-        )
+    q, k, v = _cast_under_autocast(q, k, v)
+    _check_inputs(q, k, v)
     if blocks is not None:
         _check_blocks(blocks, q, k, causal, window)
     if permutation is not None:
@@ -157,8 +151,8 @@ def _run(
     key_term = None
     if low_q.mean is not None:
         mean = low_q.mean.unflatten(1, (k.shape[2], -1))  # of each query head of a key head
-        centred = (k.float() - low_k.mean[:, None]).permute(0, 2, 3, 1)
-        key_term = (factor * mean @ centred).flatten(1, 2)
+        centred = (k.float() - low_k.mean[:, None]).contiguous().permute(0, 2, 3, 1)
+        key_term = _product(factor * mean, centred).flatten(1, 2)
         if permutation is not None:
             key_term = key_term.gather(2, permutation.long().expand(key_term.shape))
     if pv == "bf16":
@@ -184,8 +178,48 @@ def _run(
     )
     if with_lse:  # of the keys as they were: each score is less by q · mean
         mean = low_k.mean.repeat_interleave(q.shape[2] // k.shape[2], 1)[..., None]
-        lse = lse + factor * (q.float().transpose(1, 2) @ mean)[..., 0]
+        lse = lse + factor * _product(q.float().contiguous().transpose(1, 2), mean)[..., 0]
     return out, lse
+
+
+def _cast_under_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """As autocast does with the inputs of the other ops. Of this op it sees what they were rounded to."""
+    device = tensors[0].device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors)
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """``a @ b`` in float32, whatever autocast says. Its bits depend on strides: callers make them contiguous."""
+    if not torch.amp.is_autocast_available(a.device.type):
+        return a @ b
+    with torch.autocast(a.device.type, enabled=False):
+        return a @ b
+
+
+def _check_inputs(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """What is asked of the three together. Quantizing sees one at a time, and calls it x."""
+    op = "quantized_attention"
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.dim() != 4:
+            raise ValueError(f"{op}: {name} must have 4 dimensions, [batch, seq, heads, head_dim], got {[*x.shape]}")
+        if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+            raise ValueError(f"{op}: {name} must be float32, float16 or bfloat16, got {x.dtype}")
+        if x.dtype != q.dtype:
+            raise ValueError(f"{op}: {name} must have the dtype of q, {q.dtype}, got {x.dtype}")
+        if x.device != q.device:
+            raise ValueError(f"{op}: {name} must be on the device of q, {q.device}, got {x.device}")
+        if x.numel() > 0 and x.shape[3] > 1 and x.stride(3) != 1:
+            raise ValueError(f"{op}: {name} must be contiguous in its last dimension, got strides {[*x.stride()]}")
+    for what, axis in (("batch size", 0), ("head_dim", 3)):
+        if k.shape[axis] != q.shape[axis]:
+            raise ValueError(f"{op}: k must have the {what} of q, {q.shape[axis]}, got {k.shape[axis]}")
+    if q.shape[2] > 0 and (k.shape[2] == 0 or q.shape[2] % k.shape[2] != 0):
+        raise ValueError(f"{op}: the heads of q must be a multiple of those of k, got {q.shape[2]} and {k.shape[2]}")
+    if v.shape != k.shape:
+        raise ValueError(f"{op}: v must have the shape of k, {[*k.shape]}, got {[*v.shape]}")
 
 
 def _take(x: Tensor, permutation: Tensor) -> Tensor:
@@ -219,6 +253,8 @@ def _checked_permutation(permutation: Tensor, q: Tensor, k: Tensor) -> Tensor:
 
 class _StraightThrough(torch.autograd.Function):
     """Forward on few bits, backward as if there had been all."""
+
+    generate_vmap_rule = True
 
     @staticmethod
     def forward(
@@ -287,8 +323,7 @@ def _blocks(
 ) -> BlockList | None:
     if counts is None or indices is None or block_size is None:
         return None
-    size_q, size_k = block_size
-    return BlockList(counts, indices, q.shape[1], k.shape[1], (size_q, size_k), full, causal)
+    return block_list(q, k, counts, indices, full, block_size, causal)
 
 
 def _fake(

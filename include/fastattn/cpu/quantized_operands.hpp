@@ -126,6 +126,9 @@ struct QuantizedOperands {
     void store(int token, const float* sums, const RowResult& result) const {
       const std::int32_t* const order = p_.order.row(b_, h_, p_.q.seq());
       const std::int64_t to = order == nullptr ? token : order[token];
+      if (to < 0 || to >= p_.q.seq()) {
+        return;  // an entry that names no token
+      }
       const float* const scales =
           p_.v_scales == nullptr ? nullptr : p_.v_scales + (b_ * p_.k.heads() + kv_head_) * dim();
       with_element(p_.out.dtype, [&]<class Element>() {
