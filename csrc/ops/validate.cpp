@@ -412,10 +412,13 @@ Status check_values(const char* op, const QuantizedAttention& problem) {
   const std::int64_t shape[4] = {k.batch(), k.heads(), k.head_dim(), padded_tokens(k.seq())};
   std::int64_t stride = 1;
   for (int axis = 3; axis >= 0; --axis) {
-    if (v.shape[axis] != shape[axis] || (v.size() > 0 && shape[axis] > 1 && v.stride[axis] != stride)) {
+    if (v.shape[axis] != shape[axis]) {
       return failure("%s: v of 8 bits must be contiguous [%lld, %lld, %lld, %lld], got [%lld, %lld, %lld, %lld]", op,
                      Long{shape[0]}, Long{shape[1]}, Long{shape[2]}, Long{shape[3]}, Long{v.shape[0]}, Long{v.shape[1]},
                      Long{v.shape[2]}, Long{v.shape[3]});
+    }
+    if (v.size() > 0 && shape[axis] > 1 && v.stride[axis] != stride) {
+      return failure("%s: v of 8 bits must be contiguous, got stride %lld at axis %d", op, Long{v.stride[axis]}, axis);
     }
     stride *= shape[axis];
   }

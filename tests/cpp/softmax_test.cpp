@@ -7,25 +7,12 @@
 #include <vector>
 
 #include "check.hpp"
+#include "plain_row.hpp"
 
 using namespace fastattn;
 
 namespace {
 
-struct PlainRow {
-  float* scores;
-  int count;
-
-  float max() const { return count > 0 ? *std::max_element(scores, scores + count) : -kInfinity; }
-  template <class Function>
-  float apply(Function function) const {
-    float sum = 0.f;
-    for (int i = 0; i < count; ++i) {
-      sum += scores[i] = function(scores[i]);
-    }
-    return sum;
-  }
-};
 static_assert(ScorePolicy<Softmax, PlainRow>);
 
 struct Result {
