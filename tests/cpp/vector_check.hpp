@@ -38,6 +38,47 @@ Exp2Report report_exp2() {
                      exp2_of(128.f) == kInfinity && exp2_of(1e30f) == kInfinity && exp2_of(-126.f) == 0x1p-126f};
 }
 
+// Are loads of 8-bit elements, and what is rounded to them, those of the scalar code? Ties and what lies beside them
+// too.
+template <class Isa>
+bool agrees_with_scalars_of_8_bits() {
+  using V = Vector<Isa>;
+  bool agrees = true;
+  float lanes[V::kWidth];
+  const auto same = [](float x, float y) { return x == y || (x != x && y != y); };
+  for (int first = 0; first < 0x100; first += V::kWidth) {
+    std::int8_t integers[V::kWidth];
+    Float8E4M3 floats[V::kWidth];
+    for (int i = 0; i < V::kWidth; ++i) {
+      integers[i] = static_cast<std::int8_t>(first + i - 128);
+      floats[i].bits = static_cast<std::uint8_t>(first + i);
+    }
+    V::load(integers).store(lanes);
+    for (int i = 0; i < V::kWidth; ++i) {
+      agrees = agrees && lanes[i] == integers[i];
+    }
+    V::load(floats).store(lanes);
+    for (int i = 0; i < V::kWidth; ++i) {
+      agrees = agrees && same(lanes[i], to_float(floats[i]));
+    }
+  }
+  const auto rounds = [&](std::uint32_t bits) {
+    const float x = std::bit_cast<float>(bits);
+    rounded_to_float8(V(x)).store(lanes);
+    return same(lanes[0], to_float(from_float<Float8E4M3>(x)));
+  };
+  const std::uint32_t largest = std::bit_cast<std::uint32_t>(500.f);
+  for (std::uint32_t bits = 0; bits < largest; bits += 509) {
+    agrees = agrees && rounds(bits);
+  }
+  for (std::uint8_t value = 0; value < 0x7e; ++value) {
+    const float tie = (to_float(Float8E4M3{value}) + to_float(Float8E4M3{static_cast<std::uint8_t>(value + 1)})) / 2;
+    const std::uint32_t bits = std::bit_cast<std::uint32_t>(tie);
+    agrees = agrees && rounds(bits - 1) && rounds(bits) && rounds(bits + 1);
+  }
+  return agrees && rounds(std::bit_cast<std::uint32_t>(__builtin_nanf("")));
+}
+
 // Are loads of 16-bit elements, transposition and reductions those of the scalar code?
 template <class Isa>
 bool agrees_with_scalars() {
@@ -86,7 +127,7 @@ struct VectorReport {
 
 template <class Isa>
 VectorReport report_vector() {
-  return {report_exp2<Isa>(), agrees_with_scalars<Isa>()};
+  return {report_exp2<Isa>(), agrees_with_scalars<Isa>() && agrees_with_scalars_of_8_bits<Isa>()};
 }
 
 VectorReport report_avx2();

@@ -25,7 +25,6 @@ struct RoundedRow : Row<Isa> {
 
   template <class Function>
   float apply(Function function) const {
-    float* const weights = this->scores;
     switch (format) {
       case WeightFormat::kFloat32:
         return Row<Isa>::apply(function);
@@ -35,11 +34,13 @@ struct RoundedRow : Row<Isa> {
           return min_of(Vector<Isa>(UInt8::kLargest), function(score) + shift - shift);
         });
       case WeightFormat::kFloat8: {
-        const float sum = Row<Isa>::apply(function);  // of the weights before they are rounded
-        for (int k = 0; k < this->count; ++k) {
-          weights[k] = to_float(from_float<Float8E4M3>(weights[k]));
+        Vector<Isa> sum(0.f);  // of the weights before they are rounded
+        for (int k = 0; k < this->count; k += Vector<Isa>::kWidth) {
+          const Vector<Isa> weight = function(Vector<Isa>::load(this->scores + k));
+          rounded_to_float8(weight).store(this->scores + k);
+          sum = sum + weight;
         }
-        return sum;
+        return sum_of(sum);
       }
     }
     return 0.f;

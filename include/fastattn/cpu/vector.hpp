@@ -70,6 +70,8 @@ struct Vector<Avx2> {
     return _mm256_div_ps(one, _mm256_add_ps(one, a.lanes));
   }
   friend Vector minus_magnitude(Vector a) { return _mm256_or_ps(a.lanes, _mm256_set1_ps(-0.f)); }
+  // The power of two that |a| begins with; 0 for denormals, +∞ for what is not finite.
+  friend Vector leading_power(Vector a) { return _mm256_and_ps(a.lanes, _mm256_set1_ps(kInfinity)); }
   friend Vector where_negative(Vector x, Vector negative, Vector otherwise) {  // by the sign bit
     return _mm256_blendv_ps(otherwise.lanes, negative.lanes, x.lanes);
   }
@@ -162,6 +164,7 @@ struct Vector<Avx512> {
     return _mm512_div_ps(one, _mm512_add_ps(one, a.lanes));
   }
   friend Vector minus_magnitude(Vector a) { return _mm512_or_ps(a.lanes, _mm512_set1_ps(-0.f)); }
+  friend Vector leading_power(Vector a) { return _mm512_and_ps(a.lanes, _mm512_set1_ps(kInfinity)); }
   friend Vector where_negative(Vector x, Vector negative, Vector otherwise) {  // by the sign bit
     return _mm512_mask_blend_ps(_mm512_movepi32_mask(_mm512_castps_si512(x.lanes)), otherwise.lanes, negative.lanes);
   }
@@ -202,6 +205,14 @@ struct Vector<Avx512> {
 };
 
 #endif
+
+// What Float8E4M3 holds of x ≥ 0, as from_float() rounds: three bits after the leading one, and nothing below 2^−9.
+template <class Isa>
+Vector<Isa> rounded_to_float8(Vector<Isa> x) {
+  using V = Vector<Isa>;
+  const V shift = max_of(V(0x1p-6f), leading_power(x)) * V(0x1.8p20f);  // floats of its size are the multiples
+  return min_of(V(Float8E4M3::kLargest), x + shift - shift);
+}
 
 // 2^x with a relative error below 2e-7; 0 at −∞, +∞ at +∞, NaN at NaN. The polynomial is the minimax fit of 2^f over
 // [0, 1) with p(0) = 1: 8.2e-8 off by itself.
