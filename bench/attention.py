@@ -88,7 +88,7 @@ def transposed(attention: Attention) -> Attention:
     return call
 
 
-def _sdpa(backend: SDPBackend) -> Callable[[BandCase], Attention]:
+def sdpa(backend: SDPBackend) -> Callable[[BandCase], Attention]:
     def build(case: BandCase) -> Attention:
         if case.window is not None:
             raise UnsupportedCaseError("no sliding window")
@@ -157,11 +157,11 @@ OP = Op(
     formula=formula,
     ours=Contestant(ours),
     peers={
-        "cpu": {"sdpa": Contestant(_sdpa(SDPBackend.FLASH_ATTENTION))},
+        "cpu": {"sdpa": Contestant(sdpa(SDPBackend.FLASH_ATTENTION))},
         "cuda": {
             "fa4": Contestant(_fa4, module="flash_attn.cute.interface"),
-            "cudnn": Contestant(_sdpa(SDPBackend.CUDNN_ATTENTION)),
-            "fa2": Contestant(_sdpa(SDPBackend.FLASH_ATTENTION)),
+            "cudnn": Contestant(sdpa(SDPBackend.CUDNN_ATTENTION)),
+            "fa2": Contestant(sdpa(SDPBackend.FLASH_ATTENTION)),
             "flex": Contestant(_flex, module="triton"),
         },
     },

@@ -50,7 +50,8 @@ struct Case {
 
   // Does this query of this (query) head see this key?
   virtual bool keeps(std::int64_t batch, std::int64_t head, std::int64_t q, std::int64_t k) const = 0;
-  virtual double density() const = 0;  // the kept share of scores
+  virtual double density() const = 0;             // the kept share of scores
+  virtual double rounding() const { return 0.; }  // the error that an op of its own format may add to that of the dtype
 
   // Two matrix products forward; five, two and a half times that, backward.
   double flops(bool backward) const {

@@ -155,3 +155,5 @@ class Op:
     """Of each type of device."""
     cases: Mapping[str, tuple[str, ...]]
     """Names of the listed cases, for each type of device; the C++ program lists the same."""
+    modes: tuple[str, ...] = MODES
+    """What there is to measure."""

@@ -38,9 +38,18 @@ SMALL = {
         "b1_9x13_h2_d8_w3x4_dil2x3_causal01",
         "b1_40_h1_d8_w7_s4",
     ],
+    "quantized_attention": [
+        "b2_s50x70_h4_kv2_d8_causal_int8_int8",
+        "b1_s40_h2_d8_window9_fp8_fp8_kernel",
+        "b2_s150x260_h4_kv2_d8_blocks64x128_keep60_causal_int8_fp8",
+        "b1_s200_h2_d8_blocks128x64_keep40_int4_bf16_kernel",
+        "b1_s200_h2_d8_int4_int8",
+    ],
     "sale_attention": ["b1_s150_h4_kv2_d64_tau0_bits8", "b2_s300_h2_d64_tau0"],  # dense
     "sigmoid_attention": ["b2_s5x7_h4_kv2_d8_causal", "b1_s4x9_h2_d8"],
 }
+ROUNDING = {"quantized_attention": 0.3}
+"""What an op's rounding may cost, where that is more than float32's."""
 op_and_case = pytest.mark.parametrize(
     ("op", "name"), [(op, name) for op in OPS.values() for name in SMALL[op.name]], ids=lambda x: getattr(x, "name", x)
 )
@@ -79,9 +88,11 @@ def test_a_case_that_is_none_is_refused(op: Op, name: str) -> None:
 @op_and_case
 def test_every_contestant_that_runs_here_computes_the_op(op: Op, name: str) -> None:
     peers = op.peers["cpu"]
-    for result in measure(op, op.kind.parse(name), "fp32", ["fwd", "bwd"], peers, CPU, seconds=0):
+    modes = [mode for mode in ("fwd", "bwd") if mode in op.modes]
+    for result in measure(op, op.kind.parse(name), "fp32", modes, peers, CPU, seconds=0):
         assert set(result.troubles) <= set(peers), result.troubles
-        assert max(result.errors.values()) < 1e-5
+        assert result.errors.pop("fastattn") < ROUNDING.get(op.name, 1e-5)
+        assert max(result.errors.values(), default=0) < 1e-5
         assert all(name in result.errors or peers[name].yardstick for name in result.times if name != "fastattn")
 
 
@@ -110,14 +121,15 @@ def test_float64_sample_agrees_with_the_reference_and_notices_errors(
 def test_a_measurement_becomes_a_record_that_replaces_its_like(op: Op, tmp_path: Path) -> None:
     path = records.path(tmp_path / "results", op.name, MACHINE)
     case, peers = op.kind.parse(SMALL[op.name][-1]), op.peers["cpu"]
-    fwd, bwd = measure(op, case, "fp32", ["fwd", "bwd"], peers, CPU, seconds=0)
-    records.merge(path, [m.record(MACHINE, "first") for m in (fwd, bwd)])
+    modes = [mode for mode in ("fwd", "bwd") if mode in op.modes]
+    fwd, *others = measure(op, case, "fp32", modes, peers, CPU, seconds=0)
+    records.merge(path, [m.record(MACHINE, "first") for m in (fwd, *others)])
     records.merge(path, [fwd.record(MACHINE, "second")])
     written = json.loads(path.read_text())
-    assert [(r["mode"], r["commit"]) for r in written] == [("fwd", "second"), ("bwd", "first")]
+    assert [(r["mode"], r["commit"]) for r in written] == [("fwd", "second"), *((mode, "first") for mode in modes[1:])]
     for record in written:
         assert record["op"] == op.name
-        assert record["error"] < 1e-5
+        assert record["error"] < ROUNDING.get(op.name, 1e-5)
         assert record["time_us"] > 0
         assert set(record["against"]) == set(peers)
     assert case.described in readme.table(written)

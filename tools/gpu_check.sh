@@ -38,8 +38,8 @@ sanitizer() {
   local tool op mode dim target
   for tool in memcheck synccheck racecheck; do
     [[ $tool == racecheck ]] && target=$racecheck || target=$program
-    for op in $("$program" --ops); do
-      for mode in fwd bwd; do
+    for mode in fwd bwd; do
+      for op in $("$program" --ops --device cuda --mode "$mode"); do
         for dim in 64 128; do
           run "$tool.$op.$mode.d$dim" compute-sanitizer --tool "$tool" --error-exitcode 9 \
             "$target" --device cuda --seconds 0 --check --op "$op" --mode "$mode" --small --filter "_d$dim"
@@ -55,8 +55,8 @@ sanitizer() {
 
 bench() {
   local op mode
-  for op in $("$program" --ops); do
-    for mode in fwd bwd; do
+  for mode in fwd bwd; do
+    for op in $("$program" --ops --device cuda --mode "$mode"); do
       run "fastattn_bench.$op.$mode" "$program" --device cuda --check --op "$op" --mode "$mode" \
         --json "$out/fastattn_bench.$op.$mode.json"
     done

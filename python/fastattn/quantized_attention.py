@@ -142,32 +142,9 @@ def _run(
     with_lse: bool,
 ) -> tuple[Tensor, Tensor]:
     """Quantizes and attends; the log-sum-exp is right only with ``with_lse``."""
-    factor = q.shape[3] ** -0.5 if scale is None else scale
-    smooth_q = qk == "int4"
-    unpacked = {"packed": False} if qk == "int4" else {}
-    low_q = quantize_tokens(q, format=qk, smooth=smooth_q, permutation=permutation, **unpacked)
-    low_k = quantize_tokens(k, format=qk, group=KEY_GROUP, smooth=True, permutation=permutation, **unpacked)
-    assert low_k.mean is not None
-    key_term = None
-    if low_q.mean is not None:
-        mean = low_q.mean.unflatten(1, (k.shape[2], -1))  # of each query head of a key head
-        centred = (k.float() - low_k.mean[:, None]).contiguous().permute(0, 2, 3, 1)
-        key_term = _product(factor * mean, centred).flatten(1, 2)
-        if permutation is not None:
-            key_term = key_term.gather(2, permutation.long().expand(key_term.shape))
-    if pv == "bf16":
-        values, v_scales = v if permutation is None else _take(v, permutation), None
-    else:
-        low_v = quantize_tokens(v, format=pv, transpose=True, permutation=permutation)
-        values, v_scales = low_v.values, low_v.scales
+    operands, k_mean = quantized_operands(q, k, v, qk=qk, pv=pv, scale=scale, permutation=permutation)
     out, lse = torch.ops.fastattn.quantized_attention(
-        low_q.values,
-        low_q.scales,
-        low_k.values,
-        low_k.scales,
-        values,
-        v_scales,
-        key_term,
+        *operands,
         *((None, None, None) if blocks is None else (blocks.counts, blocks.indices, blocks.full)),
         permutation,
         block_size=None if blocks is None else blocks.block_size,
@@ -177,9 +154,43 @@ def _run(
         dtype=q.dtype,
     )
     if with_lse:  # of the keys as they were: each score is less by q · mean
-        mean = low_k.mean.repeat_interleave(q.shape[2] // k.shape[2], 1)[..., None]
-        lse = lse + factor * _product(q.float().contiguous().transpose(1, 2), mean)[..., 0]
+        mean = k_mean.repeat_interleave(q.shape[2] // k.shape[2], 1)[..., None]
+        lse = lse + _scale(q, scale) * _product(q.float().contiguous().transpose(1, 2), mean)[..., 0]
     return out, lse
+
+
+def quantized_operands(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    qk: Format,
+    pv: Values,
+    scale: float | None = None,
+    permutation: Tensor | None = None,
+) -> tuple[tuple[Tensor | None, ...], Tensor]:
+    """What the op takes first, q … key_term, and the mean that was taken from the keys."""
+    unpacked = {"packed": False} if qk == "int4" else {}
+    low_q = quantize_tokens(q, format=qk, smooth=qk == "int4", permutation=permutation, **unpacked)
+    low_k = quantize_tokens(k, format=qk, group=KEY_GROUP, smooth=True, permutation=permutation, **unpacked)
+    assert low_k.mean is not None
+    key_term = None
+    if low_q.mean is not None:
+        mean = low_q.mean.unflatten(1, (k.shape[2], -1))  # of each query head of a key head
+        centred = (k.float() - low_k.mean[:, None]).contiguous().permute(0, 2, 3, 1)
+        key_term = _product(_scale(q, scale) * mean, centred).flatten(1, 2)
+        if permutation is not None:
+            key_term = key_term.gather(2, permutation.long().expand(key_term.shape))
+    if pv == "bf16":
+        values, v_scales = v if permutation is None else _take(v, permutation), None
+    else:
+        low_v = quantize_tokens(v, format=pv, transpose=True, permutation=permutation)
+        values, v_scales = low_v.values, low_v.scales
+    return (low_q.values, low_q.scales, low_k.values, low_k.scales, values, v_scales, key_term), low_k.mean
+
+
+def _scale(q: Tensor, scale: float | None) -> float:
+    return q.shape[3] ** -0.5 if scale is None else scale
 
 
 def _cast_under_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
