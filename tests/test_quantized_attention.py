@@ -364,8 +364,10 @@ def trained(attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> list[float]:
     return losses
 
 
-@pytest.mark.parametrize(("qk", "pv"), [("int8", "int8"), ("int8", "fp8"), ("int4", "int8")])
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize(
+    ("qk", "pv", "compiled"),
+    [("int8", "int8", False), ("int8", "fp8", False), ("int4", "int8", False), ("int8", "int8", True)],
+)
 def test_straight_through_trains(qk: str, pv: str, compiled: bool) -> None:
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return quantized_attention(q, k, v, qk=qk, pv=pv, causal=True, straight_through=True)

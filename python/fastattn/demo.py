@@ -28,6 +28,7 @@ from .block_sparse_attention import block_sparse_attention
 from .info import best_device, facts, gpu_obstacle
 from .measure import Float64Sample, Formula, Part, interleaved_times
 from .neighborhood_attention import neighborhood_attention
+from .quantized_attention import quantized_attention
 from .sale import sale_attention
 from .sigmoid_attention import sigmoid_attention
 from .structured import Structured
@@ -242,6 +243,8 @@ def _problems(device: torch.device) -> list[Problem]:
             for dtype, head_dim, causal, seq in product(dtypes, head_dims, (False, True), lengths)
         ),
         _sigmoid(device, dtypes[0], 4096 if on_gpu else 2048, heads, head_dims[-1]),
+        # there is no kernel for the GPU yet
+        *([] if on_gpu else [_quantized(device, dtypes[0], 2048, heads, head_dims[-1])]),
         _blocks(device, dtypes[0], 8192 if on_gpu else 4096, heads, head_dims[-1]),
         _neighborhood(device, dtypes[0], (8, 32, 32) if on_gpu else (8, 16, 32), heads, head_dims[-1]),
         *([] if on_gpu else [_estimated(device, dtypes[0], 8192, heads // 2, 128)]),
@@ -273,6 +276,22 @@ def _sigmoid(device: torch.device, dtype: torch.dtype, seq: int, heads: int, hea
         ours=sigmoid_attention,
         theirs=reference.sigmoid_attention,  # torch has no other way
         formula=reference.masked_sigmoid_attention,
+        keep=lambda part: reference.band_mask(seq, seq, queries=part.queries, device=device),
+        density=1,
+    )
+
+
+def _quantized(device: torch.device, dtype: torch.dtype, seq: int, heads: int, head_dim: int) -> Problem:
+    """In 8-bit integers, quantizing included."""
+    return Problem(
+        "int8",
+        dtype,
+        (seq,),
+        heads,
+        head_dim,
+        ours=quantized_attention,
+        theirs=_sdpa,
+        formula=_softmax_formula,
         keep=lambda part: reference.band_mask(seq, seq, queries=part.queries, device=device),
         density=1,
     )

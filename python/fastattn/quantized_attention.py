@@ -90,7 +90,8 @@ def quantized_attention(
         blocks: compute these blocks only, see ``block_sparse_attention``.
         permutation: the order in which tokens are taken: token i is token ``permutation[..., i]`` of q, k and v, whose
             lengths are equal; int32 or int64, ``[seq]`` or ``[batch or 1, heads or 1, seq]``, each token once. The
-            mask is that of tokens in this order; the output is not: its tokens are where those of q were.
+            mask is that of tokens in this order; the output is not: its tokens are where those of q were. A token that
+            is left out gets zeros.
         straight_through: differentiable as if nothing had been rounded: the gradients are those of ``attention``.
         return_lse: return the log-sum-exp of each row as well.
 
