@@ -213,6 +213,26 @@ def test_agrees_with_attention_on_bfloat16() -> None:
     assert relative_error(out, attention(q, k, v).double()) < 0.03
 
 
+@each_qk
+@pytest.mark.parametrize("pv", ["int8", "bf16"])
+@pytest.mark.parametrize("straight_through", [False, True])
+@pytest.mark.parametrize(
+    "sizes",
+    [(0, 5, 5, 2, 2), (2, 0, 5, 2, 2), (2, 5, 0, 2, 2), (2, 0, 0, 2, 2), (2, 5, 5, 0, 2), (2, 5, 5, 0, 0)],
+    ids=str,
+)
+def test_zero_sizes(sizes: tuple[int, ...], straight_through: bool, qk: str, pv: str) -> None:
+    batch, seq_q, seq_k, heads, kv_heads = sizes
+    inputs = tensors(seq_q, seq_k, batch=batch, heads=heads, kv_heads=kv_heads)
+    q, k, v = (x.requires_grad_(straight_through) for x in inputs)
+    out, lse = quantized_attention(q, k, v, qk=qk, pv=pv, straight_through=straight_through, return_lse=True)
+    assert out.shape == q.shape
+    assert (lse.shape, torch.count_nonzero(out)) == ((batch, heads, seq_q), 0)
+    assert (lse == -math.inf).all()
+    if straight_through:
+        assert not any(x.any() for x in torch.autograd.grad(out.sum(), (q, k, v)))
+
+
 # Layouts, dtypes, heads, threads.
 
 

@@ -155,7 +155,7 @@ def _run(
         dtype=q.dtype,
     )
     if with_lse:  # of the keys as they were: each score is less by q · mean
-        mean = k_mean.repeat_interleave(q.shape[2] // k.shape[2], 1)[..., None]
+        mean = k_mean.repeat_interleave(_group(q, k), 1)[..., None]
         lse = lse + _scale(q, scale) * _product(q.float().contiguous().transpose(1, 2), mean)[..., 0]
     return out, lse
 
@@ -177,7 +177,7 @@ def quantized_operands(
     assert low_k.mean is not None
     key_term = None
     if low_q.mean is not None:
-        mean = low_q.mean.unflatten(1, (k.shape[2], -1))  # of each query head of a key head
+        mean = low_q.mean.unflatten(1, (k.shape[2], _group(q, k)))
         centred = (k.float() - low_k.mean[:, None]).contiguous().permute(0, 2, 3, 1)
         key_term = _product(_scale(q, scale) * mean, centred).flatten(1, 2)
         if permutation is not None:
@@ -188,6 +188,11 @@ def quantized_operands(
         low_v = quantize_tokens(v, format=pv, transpose=True, permutation=permutation)
         values, v_scales = low_v.values, low_v.scales
     return (low_q.values, low_q.scales, low_k.values, low_k.scales, values, v_scales, key_term), low_k.mean
+
+
+def _group(q: Tensor, k: Tensor) -> int:
+    """Query heads of each key head."""
+    return q.shape[2] // max(k.shape[2], 1)
 
 
 def _scale(q: Tensor, scale: float | None) -> float:
