@@ -101,10 +101,10 @@ struct QuantizedOutput {
         }
       }
     }
-    const std::int32_t* const to = order.row(batch, head, out.seq());
+    const std::int32_t* const own_order = order.row(batch, head, out.seq());
     const auto place_of = [&](int row) {
       const int token = token_of(row);
-      return token < 0 || to == nullptr ? token : to[token];
+      return token < 0 ? -1 : token_at(own_order, token, static_cast<int>(out.seq()));
     };
 #pragma unroll
     for (int h = 0; h < 2; ++h) {

@@ -125,10 +125,9 @@ struct QuantizedOperands {
     }
 
     void store(int token, const float* sums, const RowResult& result) const {
-      const std::int32_t* const order = p_.order.row(b_, h_, p_.q.seq());
-      const std::int64_t to = order == nullptr ? token : order[token];
-      if (to < 0 || to >= p_.q.seq()) {
-        return;  // an entry that names no token
+      const int seq = static_cast<int>(p_.q.seq()), to = token_at(p_.order.row(b_, h_, seq), token, seq);
+      if (to < 0) {
+        return;
       }
       const float* const scales =
           p_.v_scales == nullptr ? nullptr : p_.v_scales + (b_ * p_.k.heads() + kv_head_) * dim();
@@ -140,7 +139,7 @@ struct QuantizedOperands {
         }
       });
       if (p_.lse != nullptr) {
-        p_.lse[(b_ * p_.q.heads() + h_) * p_.q.seq() + to] = result.lse;
+        p_.lse[(b_ * p_.q.heads() + h_) * seq + to] = result.lse;
       }
     }
 
