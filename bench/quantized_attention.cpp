@@ -176,7 +176,22 @@ const AddOp<QuantizedCase, QuantizedAttentionProblem> kOp{
         "b1_s2048_h4_d128_causal_int8_int8",
         "b1_s2048_h8_d64_blocks64x64_keep30_int8_int8",
     },
-    {},  // there is no kernel yet
+    {
+        "b1_s16384_h16_d128_int8_int8",
+        "b1_s16384_h16_d128_int8_int8_kernel",
+        "b1_s16384_h16_d128_int8_fp8",
+        "b1_s16384_h16_d128_int8_fp8_kernel",
+        "b1_s16384_h16_d128_int8_bf16",
+        "b1_s16384_h16_d128_int8_bf16_kernel",
+        "b1_s16384_h16_d128_fp8_fp8_kernel",
+        "b1_s16384_h16_d128_int4_int8",
+        "b1_s16384_h16_d128_causal_int8_int8",
+        "b1_s16384_h16_d64_int8_int8",
+        "b1_s16384_h16_d64_int8_fp8",
+        "b1_s16384_h16_d64_causal_int8_int8",
+        "b1_s75600_h40_d128_blocks128x128_keep30_int8_int8",
+        "b2_s17776_h48_d64_blocks64x64_keep30_int8_int8",
+    },
     {
         "b1_s130_h2_d64_int8_int8",
         "b1_s200x333_h4_kv2_d64_causal_int8_fp8",
