@@ -66,10 +66,11 @@ def eager(x: Tensor, case: Case) -> tuple[Tensor, Tensor]:
         largest = x.abs().amax((2, 4, 6), keepdim=True)
         scales = largest[:, :, 0, :, 0, :, 0].flatten(1, 2).transpose(1, 2)
     values = x * (LARGEST[case.format] / largest)
-    values = values if case.transpose else values.reshape(batch, tokens, heads, dim)
-    if case.format == "fp8":
-        return values.to(torch.float8_e4m3fn).contiguous(), scales / LARGEST[case.format]
-    values = values.round().to(torch.int8)
+    values = values.to(torch.float8_e4m3fn) if case.format == "fp8" else values.round().to(torch.int8)
+    if case.transpose:
+        values = values.unflatten(-1, (-1, 2, 4, 2)).transpose(-2, -3).flatten(-4)  # tokens 0, 1, 8, 9, 2, … of each 16
+    else:
+        values = values.reshape(batch, tokens, heads, dim)
     if case.format == "int4":
         values = (values[..., ::2] & 15 | values[..., 1::2] << 4).view(torch.uint8)
     return values.contiguous(), scales / LARGEST[case.format]
