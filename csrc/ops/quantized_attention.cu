@@ -42,7 +42,7 @@ template <class Variant>
 Status run(const QuantizedAttention& p, const typename Variant::Schedule& schedule, Stream stream) {
   const sm90::QuantizedScales scales{
       p.q_scales, p.k_scales, p.key_term, static_cast<int>(p.q.seq()), static_cast<int>(p.k.seq()), p.scale * kLog2E};
-  const sm90::QuantizedOutput epilogue{p.out, p.lse, p.v_scales, sm90::heads_per_kv_head(p.q, p.k), p.order};
+  const sm90::QuantizedOutput epilogue{p.out, p.lse, p.v_scales, p.v_mean, sm90::heads_per_kv_head(p.q, p.k), p.order};
   return sm90::run_forward<Variant>("quantized_attention",
                                     {p.q, p.k, p.v, schedule, Variant::kScore, epilogue, p.workspace, scales}, stream);
 }

@@ -403,8 +403,10 @@ Status check_values(const char* op, const QuantizedAttention& problem) {
         return status;
       }
     }
-    return problem.v_scales == nullptr ? Status{}
-                                       : failure("%s: v_scales must be null for v of %s", op, name_of(v.dtype));
+    return problem.v_scales == nullptr && problem.v_mean == nullptr
+               ? Status{}
+               : failure("%s: %s must be null for v of %s", op, problem.v_scales == nullptr ? "v_mean" : "v_scales",
+                         name_of(v.dtype));
   }
   if (Status status = check_layout(op, {"v", v}, v.dtype); !status.ok()) {
     return status;
@@ -537,8 +539,9 @@ Status validate(const QuantizedAttention& problem) {
 Status validate(const QuantizeTokens& problem) {
   const char* op = "quantize_tokens";
   const Named x{"x", problem.x};
-  for (const Status& status : {check_dtype(op, x), check_layout(op, x, problem.x.dtype), check_head_dim(op, problem.x.head_dim()),
-                               check_seq(op, x), check_format(op, problem.format), check_group(op, problem)}) {
+  for (const Status& status :
+       {check_dtype(op, x), check_layout(op, x, problem.x.dtype), check_head_dim(op, problem.x.head_dim()),
+        check_seq(op, x), check_format(op, problem.format), check_group(op, problem)}) {
     if (!status.ok()) {
       return status;
     }

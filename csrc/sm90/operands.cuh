@@ -175,14 +175,18 @@ struct PackedRow : ScaledRow<kCount> {
 
   template <class Function>
   __device__ float apply(const Function& function) const {
-    typename DeviceElement<Weight>::Sum sum{};
+    float sum[2] = {};  // of the weights before they are rounded
 #pragma unroll
     for (int j = 0; j < kCount / 4; ++j) {
-      const float* const products = &this->value[4 * j + 2 * this->h];
-      pairs[2 * j + this->h] =
-          DeviceElement<Weight>::pair(function(products[0] * this->scale), function(products[1] * this->scale), sum);
+      float weight[2];
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        weight[e] = function(this->value[4 * j + 2 * this->h + e] * this->scale);
+        sum[e] += weight[e];
+      }
+      pairs[2 * j + this->h] = DeviceElement<Weight>::pair(weight[0], weight[1]);
     }
-    return static_cast<float>(sum);
+    return sum[0] + sum[1];
   }
 };
 

@@ -73,11 +73,11 @@ struct Output {
   }
 };
 
-// The output of values with a scale for each channel, or without, and of tokens that may have another order.
+// The output of values with a scale and a mean for each channel, or without, and of tokens that may have another order.
 struct QuantizedOutput {
-  TensorView out;         // of 16 bits
-  float* lse;             // [batch, heads, tokens]
-  const float* v_scales;  // [batch, kv_heads, head_dim]; null: without
+  TensorView out;                  // of 16 bits
+  float* lse;                      // [batch, heads, tokens]
+  const float *v_scales, *v_mean;  // [batch, kv_heads, head_dim]; null: without
   int heads_per_kv_head;
   Permutation order;
 
@@ -88,16 +88,19 @@ struct QuantizedOutput {
     const AccumulatorThread at(thread);
     const std::int64_t row = std::int64_t{batch} * out.heads() + head;
     const int dim = static_cast<int>(out.head_dim());
-    const float* const scales = v_scales == nullptr ? nullptr : v_scales + row / heads_per_kv_head * dim;
+    const auto of_channels = [&](const float* x) { return x == nullptr ? nullptr : x + row / heads_per_kv_head * dim; };
+    const float *const scales = of_channels(v_scales), *const mean = of_channels(v_mean);
 #pragma unroll
     for (int j = 0; j < kCount / 4; ++j) {
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
         const int channel = at.column(j) + e;
         const float scale = scales == nullptr || channel >= dim ? 1.f : scales[channel];
+        const float centre = mean == nullptr || channel >= dim ? 0.f : mean[channel];
 #pragma unroll
         for (int h = 0; h < 2; ++h) {  // a row that keeps nothing is 0, whatever the scale
-          value[4 * j + 2 * h + e] *= rows[h].output_scale == 0.f ? 0.f : rows[h].output_scale * scale;
+          float& sum = value[4 * j + 2 * h + e];
+          sum = rows[h].output_scale == 0.f ? 0.f : sum * (rows[h].output_scale * scale) + centre;
         }
       }
     }

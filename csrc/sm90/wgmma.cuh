@@ -45,7 +45,7 @@ struct DeviceElement<Float16> {
 };
 
 // Elements of 8 bits go through the tensor cores as they are. Weights are made of floats, in two steps: pair() rounds
-// two of them and adds what they are worth to `sum`, join() makes a register of two pairs, the first one low.
+// two of them, join() makes a register of two pairs, the first one low.
 template <>
 struct DeviceElement<std::int8_t> {
   using Mma = std::int8_t;
@@ -54,13 +54,10 @@ struct DeviceElement<std::int8_t> {
 template <>
 struct DeviceElement<UInt8> {
   using Mma = std::uint8_t;
-  using Sum = std::uint32_t;
   // Floats near 2^23 are integers, whose lowest byte is a weight's.
-  static __device__ std::uint32_t pair(float low, float high, Sum& sum) {
+  static __device__ std::uint32_t pair(float low, float high) {
     constexpr float kShift = 0x1p23f;
-    const std::uint32_t shifted[2] = {__float_as_uint(low + kShift), __float_as_uint(high + kShift)};
-    sum += shifted[0] + shifted[1] - 2 * std::bit_cast<std::uint32_t>(kShift);
-    return __byte_perm(shifted[0], shifted[1], 0x0040);
+    return __byte_perm(__float_as_uint(low + kShift), __float_as_uint(high + kShift), 0x0040);
   }
   static __device__ std::uint32_t join(std::uint32_t low, std::uint32_t high) { return __byte_perm(low, high, 0x5410); }
 };
@@ -68,11 +65,9 @@ struct DeviceElement<UInt8> {
 template <>
 struct DeviceElement<Float8E4M3> {
   using Mma = cutlass::float_e4m3_t;
-  using Sum = float;
-  static __device__ std::uint32_t pair(float low, float high, Sum& sum) {
+  static __device__ std::uint32_t pair(float low, float high) {
     std::uint16_t rounded;
     asm("cvt.rn.satfinite.e4m3x2.f32 %0, %2, %1;" : "=h"(rounded) : "f"(low), "f"(high));
-    sum += low + high;
     return rounded;
   }
   static __device__ std::uint32_t join(std::uint32_t low, std::uint32_t high) { return __byte_perm(low, high, 0x5410); }

@@ -23,11 +23,11 @@ const float* floats(const Call<Place>& call, const char* name, std::optional<Ten
 
 template <class Place>
 std::tuple<Tensor, Tensor> quantized_attention(Tensor q, Tensor q_scales, Tensor k, Tensor k_scales, Tensor v,
-                                               std::optional<Tensor> v_scales, std::optional<Tensor> key_term,
-                                               std::optional<Tensor> counts, std::optional<Tensor> indices,
-                                               std::optional<Tensor> full, std::optional<Tensor> order,
-                                               std::optional<Shape> block_size, bool causal,
-                                               std::optional<Shape> window, std::optional<double> scale,
+                                               std::optional<Tensor> v_scales, std::optional<Tensor> v_mean,
+                                               std::optional<Tensor> key_term, std::optional<Tensor> counts,
+                                               std::optional<Tensor> indices, std::optional<Tensor> full,
+                                               std::optional<Tensor> order, std::optional<Shape> block_size,
+                                               bool causal, std::optional<Shape> window, std::optional<double> scale,
                                                std::optional<ScalarType> dtype) {
   const Call<Place> call(kOp, q);
   q = call.low_bit_input("q", q);
@@ -35,6 +35,7 @@ std::tuple<Tensor, Tensor> quantized_attention(Tensor q, Tensor q_scales, Tensor
   const bool low_bit_values = v.dim() == 4 && has_low_bits(v.scalar_type());
   v = low_bit_values ? torch::stable::contiguous(call.low_bit_input("v", v)) : call.input("v", v);
   require(low_bit_values == v_scales.has_value(), kOp, ": v_scales must be given where v has 8 bits, and only there");
+  require(low_bit_values || !v_mean, kOp, ": v_mean must be given only where v has 8 bits");
   const ScalarType out_type = dtype.value_or(low_bit_values ? ScalarType::BFloat16 : v.scalar_type());
   require(out_type == ScalarType::Float || out_type == ScalarType::Half || out_type == ScalarType::BFloat16, kOp,
           ": dtype must be float32, float16 or bfloat16, got ", out_type);
@@ -53,6 +54,7 @@ std::tuple<Tensor, Tensor> quantized_attention(Tensor q, Tensor q_scales, Tensor
   problem.q_scales = q_scales.const_data_ptr<float>();
   problem.k_scales = k_scales.const_data_ptr<float>();
   problem.v_scales = floats(call, "v_scales", v_scales, "[batch, kv_heads, head_dim]", {k_batch, kv_heads, dim});
+  problem.v_mean = floats(call, "v_mean", v_mean, "[batch, kv_heads, head_dim]", {k_batch, kv_heads, dim});
   problem.key_term = floats(call, "key_term", key_term, "[batch, heads, seq_k]", {batch, heads, seq_k});
   problem.scale = scale_of(scale, q);
 

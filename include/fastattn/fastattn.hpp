@@ -263,6 +263,7 @@ struct QuantizedAttention {
   // k, of any other dtype.
   TensorView v;
   const float* v_scales = nullptr;  // [batch, kv_heads, head_dim]; null for values as they are
+  const float* v_mean = nullptr;    // like v_scales: what was taken from transposed values; null: nothing
   TensorView out;                   // [batch, seq_q, heads, head_dim], of the dtype of values as they are
   float* lse = nullptr;             // [batch, heads, seq_q], contiguous
   float scale = 1.f;

@@ -75,7 +75,8 @@ def quantized_attention(
     Keys are smoothed first, their mean over the tokens taken away, which changes no weight (SageAttention, arXiv
     2410.02367); with ``qk="int4"`` queries are too, and what that takes from the scores is put back (SageAttention2,
     arXiv 2411.10958). Each query has a scale, and 32 keys share one. Weights are rounded relative to the greatest of
-    their row in each tile of 128 keys, values relative to that of their channel.
+    their row in each tile of 128 keys, values relative to that of their channel. Values of int8 are smoothed as well,
+    and their mean is added to the output.
 
     Args:
         q: ``[batch, seq_q, heads, head_dim]``, float32 (CPU only), float16 or bfloat16, any strides as long as the last
@@ -176,6 +177,7 @@ def quantized_operands(
     low_k = quantize_tokens(k, format=qk, group=KEY_GROUP, smooth=True, permutation=permutation, **unpacked)
     assert low_k.mean is not None
     key_term = None
+    of_values: tuple[Tensor, Tensor | None, Tensor | None]
     if low_q.mean is not None:
         mean = low_q.mean.unflatten(1, (k.shape[2], _group(q, k)))
         centred = (k.float() - low_k.mean[:, None]).contiguous().permute(0, 2, 3, 1)
@@ -183,11 +185,12 @@ def quantized_operands(
         if permutation is not None:
             key_term = key_term.gather(2, permutation.long().expand(key_term.shape))
     if pv == "bf16":
-        values, v_scales = v if permutation is None else _take(v, permutation), None
+        of_values = (v if permutation is None else _take(v, permutation), None, None)
     else:
-        low_v = quantize_tokens(v, format=pv, transpose=True, permutation=permutation)
-        values, v_scales = low_v.values, low_v.scales
-    return (low_q.values, low_q.scales, low_k.values, low_k.scales, values, v_scales, key_term), low_k.mean
+        # e4m3 keeps small weights and loses nothing by a mean: see the design note.
+        low_v = quantize_tokens(v, format=pv, transpose=True, smooth=pv == "int8", permutation=permutation)
+        of_values = (low_v.values, low_v.scales, low_v.mean)
+    return (low_q.values, low_q.scales, low_k.values, low_k.scales, *of_values, key_term), low_k.mean
 
 
 def _group(q: Tensor, k: Tensor) -> int:
@@ -359,6 +362,7 @@ def _flops(
     k_scales: Tensor,
     v: Tensor,
     v_scales: Tensor | None = None,
+    v_mean: Tensor | None = None,
     key_term: Tensor | None = None,
     counts: Tensor | None = None,
     indices: Tensor | None = None,
@@ -387,9 +391,9 @@ register(
     Op(
         name="quantized_attention",
         schema="(Tensor q, Tensor q_scales, Tensor k, Tensor k_scales, Tensor v, Tensor? v_scales=None, "
-        "Tensor? key_term=None, Tensor? counts=None, Tensor? indices=None, Tensor? full=None, Tensor? order=None, *, "
-        "int[]? block_size=None, bool causal=False, int[]? window=None, float? scale=None, ScalarType? dtype=None) "
-        "-> (Tensor out, Tensor lse)",
+        "Tensor? v_mean=None, Tensor? key_term=None, Tensor? counts=None, Tensor? indices=None, Tensor? full=None, "
+        "Tensor? order=None, *, int[]? block_size=None, bool causal=False, int[]? window=None, float? scale=None, "
+        "ScalarType? dtype=None) -> (Tensor out, Tensor lse)",
         fake=_fake,
         flops=_flops,
         flops_read_data=True,

@@ -87,6 +87,7 @@ struct Problem {
   AttentionProblem plain{kShape, DType::kFloat32, {}};
   LowBits q, k, v;
   std::vector<float> key_term = std::vector<float>(kShape.batch * kShape.heads * kShape.seq_k);
+  std::vector<float> v_mean = std::vector<float>(kShape.batch * kShape.kv_heads * kShape.head_dim);
   QuantizedAttention description;
 
   Problem(DType qk, DType pv, Window window = {})
@@ -103,6 +104,10 @@ struct Problem {
     description.key_term = key_term.data();
     description.v = pv == DType::kFloat32 ? plain.v.view() : v.view;
     description.v_scales = pv == DType::kFloat32 ? nullptr : v.scales.data();
+    for (std::size_t i = 0; i < v_mean.size(); ++i) {
+      v_mean[i] = static_cast<float>(i * 5 % 11) / 11.f - 0.4f;
+    }
+    description.v_mean = pv == DType::kFloat32 ? nullptr : v_mean.data();
     description.out = plain.out.view();
     description.lse = plain.lse.data();
     description.scale = kScale;
@@ -150,14 +155,16 @@ struct Problem {
                                      : description.v.dtype == DType::kFloat8
                                          ? to_float(from_float<Float8E4M3>(448.f * weight)) / 448.
                                          : weight;
-              sum += factor * (description.v.dtype == DType::kInt8 ? rounded : weight);
+              sum += factor * weight;
               for (std::int64_t d = 0; d < kShape.head_dim; ++d) {
                 row[d] += factor * rounded * value(b, j, kv_head, d);
               }
             }
           }
-          for (const double x : row) {
-            out.push_back(sum > 0. ? x / sum : 0.);
+          for (std::int64_t d = 0; d < kShape.head_dim; ++d) {
+            const double mean =
+                description.v_mean == nullptr ? 0. : v_mean[(b * kShape.kv_heads + kv_head) * kShape.head_dim + d];
+            out.push_back(sum > 0. ? row[d] / sum + mean : 0.);
           }
         }
       }
@@ -234,6 +241,7 @@ const Test refusals("quantized_attention: what it refuses", [] {
   refuse([](auto& p) { p.q_scales = nullptr; }, "q_scales has no data");
   refuse([](auto& p) { p.k_scales = nullptr; }, "k_scales has no data");
   refuse([](auto& p) { p.v_scales = p.q_scales; }, "v_scales must be null for v of float32", DType::kFloat32);
+  refuse([](auto& p) { p.v_mean = p.q_scales; }, "v_mean must be null for v of float32", DType::kFloat32);
   refuse([](auto& p) { p.v.shape[1] = 199; }, "v must have the shape of k, [2, 200, 2, 24], got [2, 199, 2, 24]",
          DType::kFloat32);
   refuse([](auto& p) { p.out.dtype = DType::kFloat16; }, "out must have the dtype of v, float32, got float16",

@@ -29,21 +29,27 @@ struct RoundedRow : Row<Isa> {
       case WeightFormat::kFloat32:
         return Row<Isa>::apply(function);
       case WeightFormat::kUInt8:
-        return Row<Isa>::apply([function](Vector<Isa> score) {
+        return round_each(function, [](Vector<Isa> weight) {
           const Vector<Isa> shift(0x1p23f);  // floats of its size are the integers
-          return min_of(Vector<Isa>(UInt8::kLargest), function(score) + shift - shift);
+          return min_of(Vector<Isa>(UInt8::kLargest), weight + shift - shift);
         });
-      case WeightFormat::kFloat8: {
-        Vector<Isa> sum(0.f);  // of the weights before they are rounded
-        for (int k = 0; k < this->count; k += Vector<Isa>::kWidth) {
-          const Vector<Isa> weight = function(Vector<Isa>::load(this->scores + k));
-          rounded_to_float8(weight).store(this->scores + k);
-          sum = sum + weight;
-        }
-        return sum_of(sum);
-      }
+      case WeightFormat::kFloat8:
+        return round_each(function, [](Vector<Isa> weight) { return rounded_to_float8(weight); });
     }
     return 0.f;
+  }
+
+ private:
+  // The sum is of the weights before they are rounded.
+  template <class Function, class Round>
+  float round_each(const Function& function, const Round& round) const {
+    Vector<Isa> sum(0.f);
+    for (int k = 0; k < this->count; k += Vector<Isa>::kWidth) {
+      const Vector<Isa> weight = function(Vector<Isa>::load(this->scores + k));
+      round(weight).store(this->scores + k);
+      sum = sum + weight;
+    }
+    return sum_of(sum);
   }
 };
 
@@ -129,13 +135,16 @@ struct QuantizedOperands {
       if (to < 0) {
         return;
       }
-      const float* const scales =
-          p_.v_scales == nullptr ? nullptr : p_.v_scales + (b_ * p_.k.heads() + kv_head_) * dim();
+      const auto of_channels = [&](const float* x) {
+        return x == nullptr ? nullptr : x + (b_ * p_.k.heads() + kv_head_) * dim();
+      };
+      const float *const scales = of_channels(p_.v_scales), *const mean = of_channels(p_.v_mean);
       with_element(p_.out.dtype, [&]<class Element>() {
         Element* const row = p_.out.row<Element>(b_, to, h_);
         for (int d = 0; d < dim(); ++d) {
           const float scale = result.output_scale * (scales == nullptr ? 1.f : scales[d]);
-          row[d] = from_float<Element>(result.output_scale == 0.f ? 0.f : sums[d] * scale);
+          const float centre = mean == nullptr ? 0.f : mean[d];
+          row[d] = from_float<Element>(result.output_scale == 0.f ? 0.f : sums[d] * scale + centre);
         }
       });
       if (p_.lse != nullptr) {

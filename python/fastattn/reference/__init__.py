@@ -171,7 +171,15 @@ def masked_sigmoid_attention(
 
 
 def quantized_attention(
-    q: Tensor, k: Tensor, v: Tensor, keep: Tensor, *, pv: str, scale: float | None = None, key_tile: int = 128
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    keep: Tensor,
+    *,
+    pv: str,
+    v_mean: Tensor | None = None,
+    scale: float | None = None,
+    key_tile: int = 128,
 ) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp of queries and keys that are rounded already, with weights rounded for the values.
 
@@ -179,29 +187,30 @@ def quantized_attention(
         q, k, v: as numbers, that is dequantized; ``v`` in "int8" and "fp8" too, since its scales are of channels.
         keep: bool ``[seq_q, seq_k]``, or with any dimensions in front that expand to ``[batch, heads]``.
         pv: "int8" rounds weights to 255ths of the greatest of their row in a tile of ``key_tile`` keys, "fp8" to e4m3
-            with that one at 448, and sums them up before; anything else leaves them.
+            with that one at 448; anything else leaves them. Their sum is of the weights before.
+        v_mean: ``[batch, kv_heads, head_dim]``, what ``v`` lacks.
     """
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
-    k, v = (x.repeat_interleave(q.shape[2] // k.shape[2], dim=2) for x in (k, v))
+    group = q.shape[2] // k.shape[2]
+    k, v = (x.repeat_interleave(group, dim=2) for x in (k, v))
     scores = (scale * torch.einsum("bqhd,bkhd->bhqk", q, k)).masked_fill(~keep, -math.inf)
     lse = scores.logsumexp(-1)
-    base = scores.amax(-1, keepdim=True).clamp(min=torch.finfo(q.dtype).min)
-    weights, total = torch.zeros_like(scores), torch.zeros_like(lse)
+    weights = torch.zeros_like(scores)
     for first in range(0, k.shape[1], key_tile):
         tile = scores[..., first : first + key_tile]
         largest = tile.amax(-1, keepdim=True).clamp(min=torch.finfo(q.dtype).min)
         weight = (tile - largest).exp()
-        rounded = weight
         if pv == "int8":
-            rounded = weight = (255 * weight).round() / 255
+            weight = (255 * weight).round() / 255
         elif pv == "fp8":
-            rounded = (448 * weight).to(torch.float8_e4m3fn).to(q.dtype) / 448
-        weights[..., first : first + key_tile] = rounded * (largest - base).exp()
-        total += (weight * (largest - base).exp()).sum(-1)
-    weights = torch.where(total[..., None] > 0, weights / total[..., None], 0)
-    if pv == "int8":
-        lse = torch.where(total > 0, base[..., 0] + total.log(), -math.inf)
-    return torch.einsum("bhqk,bkhd->bqhd", weights, v), lse
+            weight = (448 * weight).to(torch.float8_e4m3fn).to(q.dtype) / 448
+        share = torch.where(lse > -math.inf, (largest[..., 0] - lse).exp(), 0)
+        weights[..., first : first + key_tile] = weight * share[..., None]
+    out = torch.einsum("bhqk,bkhd->bqhd", weights, v)
+    if v_mean is not None:
+        mean = v_mean.repeat_interleave(group, dim=1)[:, None]
+        out = out + torch.where((lse > -math.inf).transpose(1, 2)[..., None], mean, 0)
+    return out, lse
 
 
 def quantize_tokens(
