@@ -338,20 +338,11 @@ Status check_format(const char* op, TokenFormat format) {
   return failure("%s: format must be one of TokenFormat's, got %d", op, static_cast<int>(format));
 }
 
-const char* name_of(TokenFormat format) {
-  switch (format) {
-    case TokenFormat::kInt8:
-      return "int8";
-    case TokenFormat::kInt4:
-    case TokenFormat::kInt4InByte:
-      return "int4";
-    case TokenFormat::kFloat8:
-      return "fp8";
-  }
-  return "an unknown format";
+Status check_group(const char* op, std::int64_t group) {
+  return std::ranges::find(kTokenGroups, group) != std::end(kTokenGroups)
+             ? Status{}
+             : failure("%s: group must be 1, 8, 16 or 32, got %lld", op, Long{group});
 }
-
-bool is_token_group(std::int64_t group) { return std::ranges::find(kTokenGroups, group) != std::end(kTokenGroups); }
 
 Status check_group(const char* op, const QuantizeTokens& problem) {
   if (problem.transpose) {
@@ -360,27 +351,15 @@ Status check_group(const char* op, const QuantizeTokens& problem) {
                : failure("%s: with transpose a scale is of all tokens and group must be left out, got %lld", op,
                          Long{problem.group});
   }
-  return is_token_group(problem.group) ? Status{}
-                                       : failure("%s: group must be 1, 8, 16 or 32, got %lld", op, Long{problem.group});
+  return check_group(op, problem.group);
 }
 
-Status check_quantized(const char* op, const char* name, const QuantizedTokens& x) {
-  for (const std::int64_t size : {x.batch, x.tokens, x.heads, x.head_dim}) {
-    if (size < 0) {
-      return failure("%s: %s has a negative size, %lld", op, name, Long{size});
-    }
-  }
-  if (x.format != TokenFormat::kInt8 && x.format != TokenFormat::kInt4) {
-    return failure("%s: %s must be int8 or int4, got %s", op, name, name_of(x.format));
-  }
-  if (x.tokens > kMaxSeq) {
-    return failure("%s: %s must be shorter than 2^30, got %lld", op, name, Long{x.tokens});
-  }
-  if (!is_token_group(x.group)) {
-    return failure("%s: the group of %s must be 1, 8, 16 or 32, got %lld", op, name, Long{x.group});
-  }
-  if (x.batch * x.tokens * x.heads > 0 && (x.values == nullptr || x.scales == nullptr)) {
-    return failure("%s: the %s of %s have no data", op, x.values == nullptr ? "values" : "scales", name);
+// The scales of queries and keys of 8 bits.
+template <class Problem>
+Status check_scales(const char* op, const Problem& problem) {
+  const bool lacks_q = problem.q.size() > 0 && problem.q_scales == nullptr;
+  if (lacks_q || (problem.k.size() > 0 && problem.k_scales == nullptr)) {
+    return failure("%s: %s has no data", op, lacks_q ? "q_scales" : "k_scales");
   }
   return {};
 }
@@ -529,11 +508,7 @@ Status validate(const QuantizedAttention& problem) {
       return status;
     }
   }
-  const bool lacks_q = problem.q.size() > 0 && problem.q_scales == nullptr;
-  if (lacks_q || (problem.k.size() > 0 && problem.k_scales == nullptr)) {
-    return failure("%s: %s has no data", op, lacks_q ? "q_scales" : "k_scales");
-  }
-  return {};
+  return check_scales(op, problem);
 }
 
 Status validate(const QuantizeTokens& problem) {
@@ -557,46 +532,24 @@ Status validate(const QuantizeTokens& problem) {
 
 Status validate(const EstimateBlocks& problem) {
   const char* op = "estimate_blocks";
-  const QuantizedTokens &q = problem.q, &k = problem.k;
-  for (const Status& status : {check_quantized(op, "q", q), check_quantized(op, "k", k)}) {
+  if (problem.q.dtype != DType::kInt8) {
+    return failure("%s: q must be int8, got %s", op, name_of(problem.q.dtype));
+  }
+  for (const Status& status : {check_queries_and_keys(op, problem), check_scales(op, problem),
+                               check_group(op, problem.group), check_block_size(op, problem.block)}) {
     if (!status.ok()) {
       return status;
     }
-  }
-  if (Status status = check_head_dim(op, q.head_dim); !status.ok()) {
-    return status;
-  }
-  if (q.group != 1) {
-    return failure("%s: each token of q must have a scale, group 1, got %lld", op, Long{q.group});
-  }
-  if (k.format != q.format) {
-    return failure("%s: k must have the format of q, %s, got %s", op, name_of(q.format), name_of(k.format));
-  }
-  if (k.head_dim != q.head_dim) {
-    return failure("%s: k must have the head_dim of q, %lld, got %lld", op, Long{q.head_dim}, Long{k.head_dim});
-  }
-  if (k.batch != q.batch) {
-    return failure("%s: k must have the batch size of q, %lld, got %lld", op, Long{q.batch}, Long{k.batch});
-  }
-  if (q.heads > 0 && (k.heads == 0 || q.heads % k.heads != 0)) {
-    return failure("%s: the heads of q must be a multiple of those of k, got %lld and %lld", op, Long{q.heads},
-                   Long{k.heads});
-  }
-  if (Status status = check_scale(op, problem.scale); !status.ok()) {
-    return status;
-  }
-  if (Status status = check_block_size(op, problem.block); !status.ok()) {
-    return status;
   }
   if (problem.sink < 0 || problem.window < 0) {
     return failure("%s: %s must not be negative, got %lld", op, problem.sink < 0 ? "sink" : "window",
                    Long{problem.sink < 0 ? problem.sink : problem.window});
   }
-  const bool has_rows = q.batch * q.tokens * q.heads > 0;
-  const char* const missing = has_rows && problem.floor == nullptr                     ? "floor"
-                              : has_rows && problem.counts == nullptr                  ? "counts"
-                              : has_rows && k.tokens > 0 && problem.indices == nullptr ? "indices"
-                                                                                       : nullptr;
+  const bool has_rows = num_rows(problem) > 0;
+  const char* const missing = has_rows && problem.floor == nullptr                            ? "floor"
+                              : has_rows && problem.counts == nullptr                         ? "counts"
+                              : has_rows && problem.k.seq() > 0 && problem.indices == nullptr ? "indices"
+                                                                                              : nullptr;
   if (missing != nullptr) {
     return failure("%s: %s is needed and has no data", op, missing);
   }

@@ -278,20 +278,15 @@ Status quantized_attention(const QuantizedAttention& problem, Stream stream);
 
 // estimate_blocks: the blocks of scores that low-bit queries and keys find worth computing (SALE, arXiv 2505.24179).
 
-// Tokens as quantize_tokens leaves them, not transposed.
-struct QuantizedTokens {
-  const void* values = nullptr;   // [batch, tokens, heads, head_dim], contiguous; two in a byte at 4 bits
-  const float* scales = nullptr;  // [batch, heads, num_groups(tokens, group)]
-  std::int64_t batch = 0, tokens = 0, heads = 0, head_dim = 0;
-  TokenFormat format = TokenFormat::kInt8;
-  std::int64_t group = 1;  // one of kTokenGroups
-};
-
 // A block is listed if it is of the sink or the window, or if one of its scores that causality leaves,
 // scale · (scaled query · scaled key) + key_term, is not below the floor of its query. NaN is not.
 struct EstimateBlocks {
-  QuantizedTokens q;                // int8 or int4, of group 1
-  QuantizedTokens k;                // of the same format; the heads of q are a multiple of its
+  // As quantize_tokens leaves them, of kInt8; 4-bit ones a byte each.
+  TensorView q;                     // [batch, seq_q, heads, head_dim]
+  TensorView k;                     // [batch, seq_k, kv_heads, head_dim]; heads is a multiple of kv_heads
+  const float* q_scales = nullptr;  // [batch, heads, seq_q]
+  const float* k_scales = nullptr;  // [batch, kv_heads, num_groups(seq_k, group)]
+  std::int64_t group = 32;          // of the keys' scales: one of kTokenGroups
   const float* floor = nullptr;     // [batch, heads, seq_q]
   const float* key_term = nullptr;  // [batch, heads, seq_k]; null: 0
   float scale = 1.f;

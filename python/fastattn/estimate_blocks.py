@@ -108,7 +108,8 @@ def selector(
     )
     _, log_mass = block_sparse_attention(q, k, k, near, scale=factor, return_lse=True)
 
-    quantize = partial(torch.ops.fastattn.quantize_tokens, format=f"int{bits}")
+    # A byte for each value at 4 bits too.
+    quantize = partial(torch.ops.fastattn.quantize_tokens, format=f"int{bits}", packed=bits != 4)
     low_q, q_scales, q_mean = quantize(q, group=1, smooth=smooth_queries)
     low_k, k_scales, k_mean = quantize(k, group=KEY_GROUP, smooth=True)
     # Estimates are of keys less their mean, which lowers all scores of a query alike: the mass has to follow.
@@ -176,8 +177,7 @@ def _fake(
 
 def _flops(q: Tensor, q_scales: Tensor, k: Tensor, *rest: Tensor | None, causal: bool = False, **_: Any) -> int:
     """Of all scores that are seen, those of the sink and the window included."""
-    batch, seq_q, heads, row = q.shape
-    head_dim = row * 2 if q.dtype == torch.uint8 else row
+    batch, seq_q, heads, head_dim = q.shape
     return 2 * batch * heads * head_dim * kept_scores(seq_q, k.shape[1], causal)
 
 

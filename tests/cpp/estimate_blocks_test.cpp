@@ -19,15 +19,14 @@ namespace {
 constexpr std::int64_t kBatch = 2, kHeads = 4, kKvHeads = 2, kSeqQ = 200, kSeqK = 331;
 
 struct Problem {
-  std::vector<std::int8_t> q, k;  // numbers
-  std::vector<std::uint8_t> packed_q, packed_k;
+  std::vector<std::int8_t> q, k;
   std::vector<float> q_scales, k_scales, floor, key_term;
   std::vector<std::int32_t> counts, indices;
   EstimateBlocks description;
 
-  Problem(TokenFormat format, std::int64_t dim, std::int64_t group, TileShape block, bool causal) {
+  // Integers up to `limit`.
+  Problem(int limit, std::int64_t dim, std::int64_t group, TileShape block, bool causal) {
     std::mt19937 random(1);
-    const int limit = format == TokenFormat::kInt4 ? 7 : 127;
     const auto integers = [&](std::int64_t count) {
       std::vector<std::int8_t> values;
       for (std::int64_t i = 0; i < count; ++i) {
@@ -49,15 +48,19 @@ struct Problem {
     k_scales = floats(kBatch * kKvHeads * num_groups(kSeqK, group), 0.f, step);
     floor = floats(kBatch * kHeads * kSeqQ, 0.8f * root, 1.f * root);
     key_term = floats(kBatch * kHeads * kSeqK, -0.1f, 0.1f);
-    packed_q = pack(q);
-    packed_k = pack(k);
     counts.assign(kBatch * kHeads * ceil_div<std::int64_t>(kSeqQ, block.q), -1);
     indices.assign(counts.size() * ceil_div<std::int64_t>(kSeqK, block.k), -1);
-    const bool is_packed = format == TokenFormat::kInt4;
-    description = {.q = {is_packed ? static_cast<void*>(packed_q.data()) : q.data(), q_scales.data(), kBatch, kSeqQ,
-                         kHeads, dim, format, 1},
-                   .k = {is_packed ? static_cast<void*>(packed_k.data()) : k.data(), k_scales.data(), kBatch, kSeqK,
-                         kKvHeads, dim, format, group},
+    const auto view = [&](std::vector<std::int8_t>& values, std::int64_t seq, std::int64_t heads) {
+      return TensorView{.data = values.data(),
+                        .shape = {kBatch, seq, heads, dim},
+                        .stride = {seq * heads * dim, heads * dim, dim, 1},
+                        .dtype = DType::kInt8};
+    };
+    description = {.q = view(q, kSeqQ, kHeads),
+                   .k = view(k, kSeqK, kKvHeads),
+                   .q_scales = q_scales.data(),
+                   .k_scales = k_scales.data(),
+                   .group = group,
                    .floor = floor.data(),
                    .key_term = key_term.data(),
                    .scale = 0.9f,
@@ -69,16 +72,8 @@ struct Problem {
                    .indices = indices.data()};
   }
 
-  static std::vector<std::uint8_t> pack(const std::vector<std::int8_t>& values) {
-    std::vector<std::uint8_t> bytes;
-    for (std::size_t i = 0; i < values.size(); i += 2) {
-      bytes.push_back(static_cast<std::uint8_t>((values[i] & 15) | (values[i + 1] & 15) << 4));
-    }
-    return bytes;
-  }
-
   bool reaches_floor(std::int64_t b, std::int64_t h, std::int64_t i, std::int64_t j) const {
-    const std::int64_t dim = description.q.head_dim, kv = h / (kHeads / kKvHeads), group = description.k.group;
+    const std::int64_t dim = description.q.head_dim(), kv = h / (kHeads / kKvHeads), group = description.group;
     int sum = 0;
     for (std::int64_t d = 0; d < dim; ++d) {
       sum += q[((b * kSeqQ + i) * kHeads + h) * dim + d] * k[((b * kSeqK + j) * kKvHeads + kv) * dim + d];
@@ -114,16 +109,16 @@ struct Problem {
 
 void check_against_loops(const char* name, const cpu::EstimateBlocksKernels& kernels) {
   const struct {
-    TokenFormat format;
+    int limit;
     std::int64_t dim, group;
     TileShape block;
     bool causal;
-  } cases[] = {{TokenFormat::kInt4, 64, 8, {64, 64}, true},
-               {TokenFormat::kInt8, 40, 32, {128, 64}, true},
-               {TokenFormat::kInt4, 24, 1, {64, 128}, false},
-               {TokenFormat::kInt8, 128, 16, {128, 128}, false}};
-  for (const auto& [format, dim, group, block, causal] : cases) {
-    Problem p(format, dim, group, block, causal);
+  } cases[] = {{7, 64, 8, {64, 64}, true},
+               {127, 40, 32, {128, 64}, true},
+               {7, 24, 1, {64, 128}, false},
+               {127, 128, 16, {128, 128}, false}};
+  for (const auto& [limit, dim, group, block, causal] : cases) {
+    Problem p(limit, dim, group, block, causal);
     check(validate(p.description).ok(), validate(p.description).message);
     kernels.run(p.description, StdThreads{2});
     const int rows = ceil_div<int>(kSeqQ, block.q), columns = ceil_div<int>(kSeqK, block.k);
@@ -149,7 +144,7 @@ const Test loops("estimate_blocks: every bit", [] {
 });
 
 void refuse(void (*edit)(EstimateBlocks&), const char* message) {
-  Problem p(TokenFormat::kInt4, 64, 8, {64, 128}, true);
+  Problem p(7, 64, 8, {64, 128}, true);
   edit(p.description);
   const std::string got = estimate_blocks(p.description, StdThreads{}).message;
   check(got == std::string("estimate_blocks: ") + message, "got '" + got + "'");
@@ -157,20 +152,21 @@ void refuse(void (*edit)(EstimateBlocks&), const char* message) {
 }
 
 const Test refusals("estimate_blocks: what is refused", [] {
-  refuse([](auto& p) { p.q.tokens = -1; }, "q has a negative size, -1");
-  refuse([](auto& p) { p.q.format = TokenFormat::kFloat8; }, "q must be int8 or int4, got fp8");
-  refuse([](auto& p) { p.k.format = static_cast<TokenFormat>(9); }, "k must be int8 or int4, got an unknown format");
-  refuse([](auto& p) { p.k.tokens = std::int64_t{1} << 30; }, "k must be shorter than 2^30, got 1073741824");
-  refuse([](auto& p) { p.k.group = 2; }, "the group of k must be 1, 8, 16 or 32, got 2");
-  refuse([](auto& p) { p.q.values = nullptr; }, "the values of q have no data");
-  refuse([](auto& p) { p.k.scales = nullptr; }, "the scales of k have no data");
-  refuse([](auto& p) { p.q.head_dim = 12; }, "head_dim must be a multiple of 8 between 8 and 256, got 12");
-  refuse([](auto& p) { p.q.group = 8; }, "each token of q must have a scale, group 1, got 8");
-  refuse([](auto& p) { p.k.format = TokenFormat::kInt8; }, "k must have the format of q, int4, got int8");
-  refuse([](auto& p) { p.k.head_dim = 32; }, "k must have the head_dim of q, 64, got 32");
-  refuse([](auto& p) { p.k.batch = 1; }, "k must have the batch size of q, 2, got 1");
-  refuse([](auto& p) { p.k.heads = 3; }, "the heads of q must be a multiple of those of k, got 4 and 3");
-  refuse([](auto& p) { p.k.heads = 0; }, "the heads of q must be a multiple of those of k, got 4 and 0");
+  refuse([](auto& p) { p.q.shape[1] = -1; }, "q has a negative size, -1, at axis 1");
+  refuse([](auto& p) { p.q.dtype = DType::kFloat8; }, "q must be int8, got float8_e4m3fn");
+  refuse([](auto& p) { p.q.dtype = static_cast<DType>(9); }, "q must be int8, got an unknown dtype");
+  refuse([](auto& p) { p.k.dtype = DType::kFloat8; }, "k must have the dtype of q, int8, got float8_e4m3fn");
+  refuse([](auto& p) { p.k.shape[1] = std::int64_t{1} << 30; }, "k must be shorter than 2^30, got 1073741824");
+  refuse([](auto& p) { p.group = 2; }, "group must be 1, 8, 16 or 32, got 2");
+  refuse([](auto& p) { p.q.data = nullptr; }, "q has no data");
+  refuse([](auto& p) { p.q_scales = nullptr; }, "q_scales has no data");
+  refuse([](auto& p) { p.k_scales = nullptr; }, "k_scales has no data");
+  refuse([](auto& p) { p.k.stride[3] = 2; }, "k must be contiguous in its last dimension, got stride 2");
+  refuse([](auto& p) { p.q.shape[3] = 12; }, "head_dim must be a multiple of 8 between 8 and 256, got 12");
+  refuse([](auto& p) { p.k.shape[3] = 32; }, "k must have the head_dim of q, 64, got 32");
+  refuse([](auto& p) { p.k.shape[0] = 1; }, "k must have the batch size of q, 2, got 1");
+  refuse([](auto& p) { p.k.shape[2] = 3; }, "the heads of q must be a multiple of those of k, got 4 and 3");
+  refuse([](auto& p) { p.k.shape[2] = 0; }, "the heads of q must be a multiple of those of k, got 4 and 0");
   refuse([](auto& p) { p.scale = 0.f; }, "scale must be finite and positive, got 0");
   refuse([](auto& p) { p.scale = HUGE_VALF; }, "scale must be finite and positive, got inf");
   refuse([](auto& p) { p.block.q = 96; }, "a block must have 64 or 128 queries, and keys, got 96 x 128");
@@ -179,7 +175,7 @@ const Test refusals("estimate_blocks: what is refused", [] {
   refuse([](auto& p) { p.floor = nullptr; }, "floor is needed and has no data");
   refuse([](auto& p) { p.counts = nullptr; }, "counts is needed and has no data");
   refuse([](auto& p) { p.indices = nullptr; }, "indices is needed and has no data");
-  Problem p(TokenFormat::kInt4, 64, 8, {64, 128}, true);
+  Problem p(7, 64, 8, {64, 128}, true);
   const std::string got = estimate_blocks(p.description, Stream{}).message;
   check(got == "estimate_blocks: q must be on the CPU: there is no GPU kernel of this op yet", "got '" + got + "'");
 });

@@ -10,28 +10,6 @@ namespace fastattn::cpu {
 
 inline constexpr int kMaxBlockSide = 128;
 
-// The rows of a tile as floats, `width` each; zeros past head_dim.
-template <class Isa, class Format>
-void unpack_rows(float* tile, const QuantizedTokens& x, std::int64_t b, std::int64_t h, int first, int count) {
-  const int dim = static_cast<int>(x.head_dim), width = round_up<Isa>(dim), bytes = dim * Format::kBits / 8;
-  for (int i = 0; i < count; ++i, tile += width) {
-    const std::int64_t row = (b * x.tokens + first + i) * x.heads + h;
-    const auto* const values = static_cast<const std::int8_t*>(x.values) + row * bytes;
-    for (int d = 0; d < bytes; ++d) {
-      if constexpr (std::is_same_v<Format, Int4>) {
-        const int pair = values[d];
-        tile[2 * d] = static_cast<float>(static_cast<int>(static_cast<unsigned>(pair) << 28) >> 28);
-        tile[2 * d + 1] = static_cast<float>(pair >> 4);
-      } else {
-        tile[d] = static_cast<float>(values[d]);
-      }
-    }
-    for (int d = dim; d < width; ++d) {
-      tile[d] = 0.f;
-    }
-  }
-}
-
 // What a key adds to the products of queries with it.
 struct KeyTerms {
   float scale[kMaxBlockSide], term[kMaxBlockSide];
@@ -61,49 +39,41 @@ void append_others(std::int32_t* row, int count, int width) {
   }
 }
 
-template <class Isa, class Format>
+template <class Isa>
 void estimate_blocks(const EstimateBlocks& p, const Threads& threads) {
   constexpr int kRows = padded_rows<Isa>(kMaxBlockSide);
   constexpr int kQueriesAtOnce = 4 * Isa::kRows;  // what is computed of a block before it may turn out to be listed
-  static_assert(kMaxHeadDim * (kRows + 2 * kMaxBlockSide) + kQueriesAtOnce * kMaxBlockSide <= kScratchFloats);
+  static_assert(kMaxHeadDim * (kRows + kMaxBlockSide) + kQueriesAtOnce * kMaxBlockSide <= kScratchFloats);
   static_assert(kMaxHeadDim * Int8::kLargest * Int8::kLargest <= 0x1p24f);  // sums are exact
-  const int num_q = static_cast<int>(p.q.tokens), num_k = static_cast<int>(p.k.tokens);
+  const int num_q = static_cast<int>(p.q.seq()), num_k = static_cast<int>(p.k.seq());
   const int blocks_q = ceil_div(num_q, p.block.q), blocks_k = ceil_div(num_k, p.block.k);
-  const int dim = static_cast<int>(p.q.head_dim), width = round_up<Isa>(dim);
-  const std::int64_t heads = p.q.heads, group = heads / max_of<std::int64_t>(p.k.heads, 1);
+  const int dim = static_cast<int>(p.q.head_dim()), width = round_up<Isa>(dim);
+  const std::int64_t heads = p.q.heads(), kv_heads = p.k.heads(), groups = num_groups(num_k, p.group);
   const Band band{num_q, num_k, num_k, p.causal ? 0 : num_q};
 
-  parallel_for(threads, p.q.batch * heads * blocks_q, [&](std::int64_t task) {
+  parallel_for(threads, p.q.batch() * heads * blocks_q, [&](std::int64_t task) {
     // The last rows of a head first: under a causal mask they are the longest.
     const int row = static_cast<int>(blocks_q - 1 - task % blocks_q);
     const std::int64_t h = task / blocks_q % heads, b = task / blocks_q / heads, own = b * heads + h;
+    const std::int64_t kv_head = h / (heads / kv_heads);
     const int first = row * p.block.q, queries = min_of(p.block.q, num_q - first);
 
     Scratch scratch;
     float* const q = scratch.take(kRows * width);
     float* const sums = scratch.take(kQueriesAtOnce * kMaxBlockSide);
-    float* const key_rows = scratch.take(kMaxBlockSide * width);
     float* const key_columns = scratch.take(dim * kMaxBlockSide);
-    for (int i = queries * width; i < padded_rows<Isa>(queries) * width; ++i) {
-      q[i] = 0.f;
-    }
-    unpack_rows<Isa, Format>(q, p.q, b, h, first, queries);
-    const float* const q_scales = p.q.scales + own * num_q + first;
+    load_rows<Isa>(q, rows_of<const std::int8_t>(p.q, b, h, tokens_of_box<kRows>(first, 0, first + queries)), dim);
+    const float* const q_scales = p.q_scales + own * num_q + first;
     const float* const floors = p.floor + own * num_q + first;
 
     KeyTerms keys;
     const auto load_keys = [&](int first_key, int count) {
-      unpack_rows<Isa, Format>(key_rows, p.k, b, h / group, first_key, count);
-      Rows<const float, kMaxBlockSide> rows;
-      for (int i = 0; i < kMaxBlockSide; ++i) {
-        rows.row[i] = i < count ? key_rows + i * width : kZeroRow<float>;
-      }
       const Panels<Isa> columns{key_columns, dim, round_up<Isa>(count)};
-      pack_columns(columns, rows);
-      const std::int64_t groups = num_groups(num_k, p.k.group);
-      const float* const scales = p.k.scales + (b * p.k.heads + h / group) * groups;
+      const TileTokens tokens = tokens_of_box<kMaxBlockSide>(first_key, 0, first_key + count);
+      pack_columns(columns, rows_of<const std::int8_t>(p.k, b, kv_head, tokens));
+      const float* const scales = p.k_scales + (b * kv_heads + kv_head) * groups;
       for (int i = 0; i < count; ++i) {
-        keys.scale[i] = scales[group_of(first_key + i, p.k.group)];
+        keys.scale[i] = scales[group_of(first_key + i, p.group)];
         keys.term[i] = p.key_term == nullptr ? 0.f : p.key_term[own * num_k + first_key + i];
       }
       return columns;
