@@ -17,8 +17,14 @@ Status estimate_blocks(const EstimateBlocks& problem, const Threads& threads) {
   return {};
 }
 
-Status estimate_blocks(const EstimateBlocks&, Stream) {
-  return failure("estimate_blocks: q must be on the CPU: there is no GPU kernel of this op yet");
-}
+std::size_t estimate_blocks_workspace(const EstimateBlocks&, const Threads&) { return 0; }
+
+#if !FASTATTN_WITH_CUDA
+
+Status estimate_blocks(const EstimateBlocks&, Stream) { return built_without_cuda("estimate_blocks"); }
+
+std::size_t estimate_blocks_workspace(const EstimateBlocks&, Stream) { return 0; }
+
+#endif
 
 }  // namespace fastattn

@@ -62,6 +62,8 @@ std::tuple<Tensor, Tensor> estimate_blocks(Tensor q, Tensor q_scales, Tensor k, 
   problem.floor = floor.const_data_ptr<float>();
   problem.counts = counts.mutable_data_ptr<std::int32_t>();
   problem.indices = indices.mutable_data_ptr<std::int32_t>();
+  const Workspace workspace(q, estimate_blocks_workspace(problem, place.executor));
+  problem.workspace = workspace.address();
   require(fastattn::estimate_blocks(problem, place.executor));
   return {counts, indices};
 }

@@ -295,8 +295,11 @@ struct EstimateBlocks {
   bool causal = false;
   std::int32_t* counts = nullptr;   // [batch, heads, query blocks]
   std::int32_t* indices = nullptr;  // [batch, heads, query blocks, key blocks]: listed ones ascend, then the others do
+  void* workspace = nullptr;        // estimate_blocks_workspace(…) bytes, 16-byte aligned
 };
 
+std::size_t estimate_blocks_workspace(const EstimateBlocks& problem, const Threads& threads);
+std::size_t estimate_blocks_workspace(const EstimateBlocks& problem, Stream stream);
 Status estimate_blocks(const EstimateBlocks& problem, const Threads& threads);
 Status estimate_blocks(const EstimateBlocks& problem, Stream stream);
 

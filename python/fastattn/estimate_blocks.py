@@ -39,7 +39,7 @@ def estimate_blocks(
     The threshold is met score by score, with one multiplication and no exponential for each.
 
     Args:
-        q: ``[batch, seq_q, heads, head_dim]``, float32, float16 or bfloat16, on the CPU; strides and head_dim as in
+        q: ``[batch, seq_q, heads, head_dim]``, float32 (CPU only), float16 or bfloat16; strides and head_dim as in
             ``fastattn.attention``.
         k: ``[batch, seq_k, kv_heads, head_dim]``; ``heads`` is a multiple of ``kv_heads``.
         threshold: of the relative score, for all heads, or float ``[heads]`` on the device of ``q``. 0 or less lists

@@ -125,7 +125,7 @@ def sale_attention(
     SALE: Low-bit Estimation for Efficient Sparse Attention in Long-context LLM Prefilling (arXiv 2505.24179).
 
     Args:
-        q: ``[batch, seq_q, heads, head_dim]``, dtypes and strides as in ``fastattn.attention``, on the CPU.
+        q: ``[batch, seq_q, heads, head_dim]``, dtypes and strides as in ``fastattn.attention``.
         k, v: ``[batch, seq_k, kv_heads, head_dim]``; ``heads`` is a multiple of ``kv_heads``.
         threshold: for all heads, or float ``[heads]``: the share of a query's mass in the sink and the window that a
             score is listed for. 0 computes all, as ``fastattn.attention`` does.
