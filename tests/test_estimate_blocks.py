@@ -64,7 +64,10 @@ class Problem:
         groups = seq_k if group == 1 else -(-seq_k // (4 * group)) * 4
         q_scales, k_scales = torch.rand(batch, heads, seq_q) / limit, torch.rand(batch, kv_heads, groups) / limit
         floor = (0.7 + 0.2 * torch.rand(batch, heads, seq_q)) * math.sqrt(head_dim)
-        key_term = 0.1 * torch.randn(batch, heads, seq_k) if with_key_term else None
+        key_term = None
+        if with_key_term:  # what is past its tokens is not looked at
+            key_term = torch.full((batch, heads, -(-seq_k // 32) * 32), math.nan)
+            key_term[..., :seq_k] = 0.1 * torch.randn(batch, heads, seq_k)
         return cls(integers(seq_q, heads), q_scales, integers(seq_k, kv_heads), k_scales, floor, key_term, group)
 
     @property
@@ -88,7 +91,7 @@ class Problem:
 
         product = torch.einsum("bqhd,bkhd->bhqk", self.q.double(), k.double())
         factor = (torch.tensor(scale) * self.q_scales)[..., None] * k_scales[:, :, None]
-        term = torch.zeros(1) if self.key_term is None else self.key_term[:, :, None]
+        term = torch.zeros(1) if self.key_term is None else self.key_term[:, :, None, :seq_k]
         reached = ~(fused_multiply_add(factor, product, term) < self.floor[..., None])
 
         options: dict[str, Any] = {"seq_q": seq_q, "seq_k": seq_k, "block_size": block_size, "causal": causal}
@@ -507,8 +510,8 @@ def option(**new: Any) -> Callable[[list[Tensor], dict[str, Any]], None]:
         ),
         refused(r"floor must be Float \[batch, heads, seq_q\] .* got Float \[2, 4, 1\]", put(4, lambda x: x[..., :1])),
         refused(
-            r"key_term must be Float \[batch, heads, seq_k\] = \[2, 4, 130\], got Float \[2, 3, 130\]",
-            put(5, lambda x: x[:, 1:]),
+            r"key_term must be Float \[batch, heads, padded seq_k\] = \[2, 4, 160\], got Float \[2, 4, 130\]",
+            put(5, lambda x: x[..., :130]),
         ),
         refused("k must have the head_dim of q, 64, got 32", put(2, lambda x: x[..., :32])),
         refused("group must be 1, 8, 16 or 32, got 0", option(group=0)),

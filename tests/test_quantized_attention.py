@@ -414,6 +414,18 @@ def test_straight_through_has_no_second_derivatives() -> None:
         dq.sum().backward()
 
 
+@each_pv
+@pytest.mark.parametrize("seq", [1, 31, 32, 33, 127, 129, 200])
+def test_what_is_past_the_key_terms_is_not_looked_at(pv: str, seq: int) -> None:
+    tokens, _ = operands(*tensors(70, seq, head_dim=16), qk="int4", pv=pv)
+    padded = random_key_term(2, 4, seq)
+    assert padded.isnan().any() == (seq % 32 > 0)
+    got, expected = (OP(*tokens[:7], term) for term in (padded, padded.nan_to_num()))
+    for x, y in zip(got, expected, strict=True):
+        assert x.isfinite().all()
+        assert torch.equal(x, y)
+
+
 # As torch sees it.
 
 
@@ -433,6 +445,13 @@ def operands(
     return (*tokens, *lists), {"block_size": list(blocks.block_size), "causal": blocks.causal, **options}
 
 
+def random_key_term(batch: int, heads: int, seq_k: int) -> Tensor:
+    """What is past its tokens is not looked at."""
+    key_term = torch.full((batch, heads, -(-seq_k // 32) * 32), math.nan)
+    key_term[..., :seq_k] = torch.randn(batch, heads, seq_k)
+    return key_term
+
+
 def small_blocks(batch: int = 2) -> BlockList:
     mask = torch.rand(batch, 4, 2, 4) < 0.6
     return BlockList.from_mask(
@@ -449,7 +468,7 @@ def test_opcheck(qk: str, pv: str) -> None:
         checks.append("test_schema")
     tokens, options = operands(q, k, v, qk=qk, pv=pv, causal=True, window=[90, 4])
     torch.library.opcheck(OP.default, tokens, options, test_utils=checks)
-    key_term, order = torch.randn(2, 4, 200), torch.rand(1, 4, 70).argsort(-1).int()
+    key_term, order = random_key_term(2, 4, 200).nan_to_num(), torch.rand(1, 4, 70).argsort(-1).int()
     tokens, options = operands(q, k, v, qk=qk, pv=pv, blocks=small_blocks(), scale=0.3, dtype=v.dtype)
     torch.library.opcheck(OP.default, (*tokens[:7], key_term, *tokens[8:], order), options, test_utils=checks)
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from cases import relative_error
 from fastattn import BlockList, quantized_attention, reference
-from test_quantized_attention import OP, operands, tensors
+from test_quantized_attention import OP, operands, random_key_term, tensors
 
 GPU_FORMATS = [("int8", "int8"), ("int4", "int8"), ("int8", "fp8"), ("int8", "bf16"), ("fp8", "fp8")]
 # Beside what bfloat16 leaves of an output, 1.7e-3: an exponential that is approximate moves weights over ties, sums of
@@ -24,7 +24,7 @@ def assert_gpu_agrees(
 ) -> None:
     given, options = operands(q.bfloat16(), k.bfloat16(), v.bfloat16(), qk=qk, pv=pv, **options)
     if qk == "int4":
-        given = (*given[:7], torch.randn(q.shape[0], q.shape[2], k.shape[1]), *given[8:])
+        given = (*given[:7], random_key_term(q.shape[0], q.shape[2], k.shape[1]), *given[8:])
     want, want_lse = OP(*given, order=order, **options, dtype=torch.bfloat16)
     on_device = [x if x is None else x.cuda() for x in (*given, order)]
     out, lse = OP(*on_device[:-1], order=on_device[-1], **options, dtype=torch.bfloat16)

@@ -243,8 +243,8 @@ WRONG: dict[str, tuple[Callable[[Given], Given], str]] = {
         "v_mean must be given only where v has 8 bits",
     ),
     "shape of key_term": (
-        put(key_term=torch.zeros(2, 4, 70)),
-        r"key_term must be Float \[batch, heads, seq_k\] = \[2, 4, 200\], got Float \[2, 4, 70\]",
+        put(key_term=torch.zeros(2, 4, 200)),
+        r"key_term must be Float \[batch, heads, padded seq_k\] = \[2, 4, 224\], got Float \[2, 4, 200\]",
     ),
     "dtype": (put(dtype=torch.float64), "dtype must be float32, float16 or bfloat16, got Double"),
     "dtype of values as they are": (

@@ -46,7 +46,7 @@ std::tuple<Tensor, Tensor> estimate_blocks(Tensor q, Tensor q_scales, Tensor k, 
       floats("k_scales", k_scales, "[batch, kv_heads, groups]", {k.sizes()[0], kv_heads, num_groups(seq_k, group)});
   floor = floats("floor", floor, "[batch, heads, seq_q]", {batch, heads, seq_q});
   if (key_term) {
-    key_term = floats("key_term", *key_term, "[batch, heads, seq_k]", {batch, heads, seq_k});
+    key_term = floats("key_term", *key_term, "[batch, heads, padded seq_k]", {batch, heads, padded_tokens(seq_k)});
     problem.key_term = key_term->const_data_ptr<float>();
   }
   require(block_size.size() == 2 && std::ranges::min(block_size) > 0 && std::ranges::max(block_size) <= 128, kOp,

@@ -55,7 +55,8 @@ std::tuple<Tensor, Tensor> quantized_attention(Tensor q, Tensor q_scales, Tensor
   problem.k_scales = k_scales.const_data_ptr<float>();
   problem.v_scales = floats(call, "v_scales", v_scales, "[batch, kv_heads, head_dim]", {k_batch, kv_heads, dim});
   problem.v_mean = floats(call, "v_mean", v_mean, "[batch, kv_heads, head_dim]", {k_batch, kv_heads, dim});
-  problem.key_term = floats(call, "key_term", key_term, "[batch, heads, seq_k]", {batch, heads, seq_k});
+  problem.key_term =
+      floats(call, "key_term", key_term, "[batch, heads, padded seq_k]", {batch, heads, padded_tokens(seq_k)});
   problem.scale = scale_of(scale, q);
 
   require(counts.has_value() == indices.has_value() && counts.has_value() == block_size.has_value(), kOp,

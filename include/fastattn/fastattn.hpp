@@ -200,6 +200,7 @@ constexpr std::int64_t num_groups(std::int64_t tokens, std::int64_t group) {
 }
 
 // The length of a row of transposed tokens: whole steps of WGMMA's contraction, and whole units of TMA at 4 bits too.
+// Also that of a row of key terms.
 constexpr std::int64_t padded_tokens(std::int64_t tokens) { return ceil_div(tokens, std::int64_t{32}) * 32; }
 
 // The token in a slot of such a row. A thread holds weights of tokens 2 g, 2 g + 1, 2 g + 8 and 2 g + 9 of sixteen in a
@@ -258,7 +259,9 @@ struct QuantizedAttention {
   TensorView k;                     // [batch, seq_k, kv_heads, head_dim]; heads is a multiple of kv_heads
   const float* q_scales = nullptr;  // [batch, heads, seq_q]
   const float* k_scales = nullptr;  // [batch, kv_heads, num_groups(seq_k, kKeyGroup)]
-  const float* key_term = nullptr;  // [batch, heads, seq_k], added to the scaled scores of a key; may be null
+  // [batch, heads, padded_tokens(seq_k)], added to the scaled scores of a key; what is past seq_k is not looked at. May
+  // be null.
+  const float* key_term = nullptr;
   // Transposed, of kInt8 or kFloat8: contiguous [batch, kv_heads, head_dim, padded_tokens(seq_k)]. Or as they are, like
   // k, of any other dtype.
   TensorView v;
@@ -288,7 +291,7 @@ struct EstimateBlocks {
   const float* k_scales = nullptr;  // [batch, kv_heads, num_groups(seq_k, group)]
   std::int64_t group = 32;          // of the keys' scales: one of kTokenGroups
   const float* floor = nullptr;     // [batch, heads, seq_q]
-  const float* key_term = nullptr;  // [batch, heads, seq_k]; null: 0
+  const float* key_term = nullptr;  // [batch, heads, padded_tokens(seq_k)], as in QuantizedAttention; null: 0
   float scale = 1.f;
   TileShape block{128, 128};          // queries and keys, each 64 or 128
   std::int64_t sink = 0, window = 0;  // in blocks, see sink_and_window

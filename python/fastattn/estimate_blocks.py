@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from ._key_term import key_term
 from ._ops import Op, register
 from .attention import kept_scores
 from .block_list import BlockList
@@ -116,10 +117,7 @@ def selector(
     groups = (k.shape[2], q.shape[2] // max(k.shape[2], 1))
     shift = (q.unflatten(2, groups) * k_mean[:, None, :, None]).sum(-1)
     log_mass = log_mass - factor * shift.flatten(2).transpose(1, 2)
-    key_term = None
-    if smooth_queries:
-        scores_of_mean = ((k - k_mean[:, None])[:, :, :, None] * q_mean.unflatten(1, groups)[:, None]).sum(-1)
-        key_term = factor * scores_of_mean.flatten(2).transpose(1, 2)
+    term = key_term(factor * q_mean, k - k_mean[:, None]) if smooth_queries else None
 
     def select(threshold: float | Tensor) -> BlockList:
         counts, indices = torch.ops.fastattn.estimate_blocks(
@@ -128,7 +126,7 @@ def selector(
             low_k,
             k_scales,
             log_mass + _log_threshold(threshold, q)[:, None],
-            key_term,
+            term,
             group=KEY_GROUP,
             block_size=block_size,
             sink=sink,

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 
+from ._key_term import key_term, product
 from ._ops import Op, register
 from .attention import kept_scores
 from .block_list import BlockList
@@ -157,7 +158,7 @@ def _run(
     )
     if with_lse:  # of the keys as they were: each score is less by q · mean
         mean = k_mean.repeat_interleave(_group(q, k), 1)[..., None]
-        lse = lse + _scale(q, scale) * _product(q.float().contiguous().transpose(1, 2), mean)[..., 0]
+        lse = lse + _scale(q, scale) * product(q.float().contiguous().transpose(1, 2), mean)[..., 0]
     return out, lse
 
 
@@ -176,21 +177,17 @@ def quantized_operands(
     low_q = quantize_tokens(q, format=qk, smooth=qk == "int4", permutation=permutation, **unpacked)
     low_k = quantize_tokens(k, format=qk, group=KEY_GROUP, smooth=True, permutation=permutation, **unpacked)
     assert low_k.mean is not None
-    key_term = None
+    term = None
     of_values: tuple[Tensor, Tensor | None, Tensor | None]
     if low_q.mean is not None:
-        mean = low_q.mean.unflatten(1, (k.shape[2], _group(q, k)))
-        centred = (k.float() - low_k.mean[:, None]).contiguous().permute(0, 2, 3, 1)
-        key_term = _product(_scale(q, scale) * mean, centred).flatten(1, 2)
-        if permutation is not None:
-            key_term = key_term.gather(2, permutation.long().expand(key_term.shape))
+        term = key_term(_scale(q, scale) * low_q.mean, k.float() - low_k.mean[:, None], permutation)
     if pv == "bf16":
         of_values = (v if permutation is None else _take(v, permutation), None, None)
     else:
         # e4m3 keeps small weights and loses nothing by a mean: see the design note.
         low_v = quantize_tokens(v, format=pv, transpose=True, smooth=pv == "int8", permutation=permutation)
         of_values = (low_v.values, low_v.scales, low_v.mean)
-    return (low_q.values, low_q.scales, low_k.values, low_k.scales, *of_values, key_term), low_k.mean
+    return (low_q.values, low_q.scales, low_k.values, low_k.scales, *of_values, term), low_k.mean
 
 
 def _group(q: Tensor, k: Tensor) -> int:
@@ -209,14 +206,6 @@ def _cast_under_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors)
-
-
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    """``a @ b`` in float32, whatever autocast says. Its bits depend on strides: callers make them contiguous."""
-    if not torch.amp.is_autocast_available(a.device.type):
-        return a @ b
-    with torch.autocast(a.device.type, enabled=False):
-        return a @ b
 
 
 def _check_inputs(q: Tensor, k: Tensor, v: Tensor) -> None:

@@ -1,4 +1,5 @@
 // estimate_blocks from C++: with every instruction set this machine has, against plain loops; and what is refused.
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -47,7 +48,11 @@ struct Problem {
     q_scales = floats(kBatch * kHeads * kSeqQ, 0.f, step);
     k_scales = floats(kBatch * kKvHeads * num_groups(kSeqK, group), 0.f, step);
     floor = floats(kBatch * kHeads * kSeqQ, 0.8f * root, 1.f * root);
-    key_term = floats(kBatch * kHeads * kSeqK, -0.1f, 0.1f);
+    key_term = floats(kBatch * kHeads * padded_tokens(kSeqK), -0.1f, 0.1f);
+    for (std::int64_t row = 0; row < kBatch * kHeads; ++row) {  // what is past the keys is not looked at
+      std::fill(key_term.begin() + row * padded_tokens(kSeqK) + kSeqK,
+                key_term.begin() + (row + 1) * padded_tokens(kSeqK), NAN);
+    }
     counts.assign(kBatch * kHeads * ceil_div<std::int64_t>(kSeqQ, block.q), -1);
     indices.assign(counts.size() * ceil_div<std::int64_t>(kSeqK, block.k), -1);
     const auto view = [&](std::vector<std::int8_t>& values, std::int64_t seq, std::int64_t heads) {
@@ -81,7 +86,7 @@ struct Problem {
     const std::int64_t row = (b * kHeads + h) * kSeqQ + i;
     const float query_scale = description.scale * q_scales[row];
     const float scale = query_scale * k_scales[(b * kKvHeads + kv) * num_groups(kSeqK, group) + group_of(j, group)];
-    const float score = std::fma(scale, static_cast<float>(sum), key_term[(b * kHeads + h) * kSeqK + j]);
+    const float score = std::fma(scale, static_cast<float>(sum), key_term[(b * kHeads + h) * padded_tokens(kSeqK) + j]);
     return !(score < floor[row]);
   }
 

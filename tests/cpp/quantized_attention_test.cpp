@@ -86,7 +86,8 @@ struct LowBits {
 struct Problem {
   AttentionProblem plain{kShape, DType::kFloat32, {}};
   LowBits q, k, v;
-  std::vector<float> key_term = std::vector<float>(kShape.batch * kShape.heads * kShape.seq_k);
+  // What is past the keys is not looked at.
+  std::vector<float> key_term = std::vector<float>(kShape.batch * kShape.heads * padded_tokens(kShape.seq_k), NAN);
   std::vector<float> v_mean = std::vector<float>(kShape.batch * kShape.kv_heads * kShape.head_dim);
   QuantizedAttention description;
 
@@ -94,8 +95,9 @@ struct Problem {
       : q(plain.q, qk, 1, false),
         k(plain.k, qk, kKeyGroup, false),
         v(plain.v, pv == DType::kFloat32 ? DType::kInt8 : pv, 1, true) {
-    for (std::size_t i = 0; i < key_term.size(); ++i) {
-      key_term[i] = static_cast<float>(i * 7 % 13) / 13.f;
+    for (std::int64_t i = 0; i < kShape.batch * kShape.heads * kShape.seq_k; ++i) {
+      key_term[i / kShape.seq_k * padded_tokens(kShape.seq_k) + i % kShape.seq_k] =
+          static_cast<float>(i * 7 % 13) / 13.f;
     }
     description.q = q.view;
     description.q_scales = q.scales.data();
@@ -141,7 +143,8 @@ struct Problem {
               dot += q.token(b, i, h, d, 1) * k.token(b, j, kv_head, d, kKeyGroup);
             }
             const bool kept = band.keeps(static_cast<int>(i), static_cast<int>(j));
-            scores.push_back(kept ? kScale * dot + key_term[(b * kShape.heads + h) * kShape.seq_k + j] : -HUGE_VAL);
+            scores.push_back(kept ? kScale * dot + key_term[(b * kShape.heads + h) * padded_tokens(kShape.seq_k) + j]
+                                  : -HUGE_VAL);
           }
           const double base = *std::ranges::max_element(scores);
           std::vector<double> row(kShape.head_dim, 0.);

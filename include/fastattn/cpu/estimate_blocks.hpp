@@ -74,7 +74,7 @@ void estimate_blocks(const EstimateBlocks& p, const Threads& threads) {
       const float* const scales = p.k_scales + (b * kv_heads + kv_head) * groups;
       for (int i = 0; i < count; ++i) {
         keys.scale[i] = scales[group_of(first_key + i, p.group)];
-        keys.term[i] = p.key_term == nullptr ? 0.f : p.key_term[own * num_k + first_key + i];
+        keys.term[i] = p.key_term == nullptr ? 0.f : p.key_term[own * padded_tokens(num_k) + first_key + i];
       }
       return columns;
     };

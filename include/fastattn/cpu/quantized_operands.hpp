@@ -93,7 +93,8 @@ struct QuantizedOperands {
       }
       const std::int64_t groups = num_groups(p_.k.seq(), kKeyGroup);
       const float* const scales = p_.k_scales + (b_ * p_.k.heads() + kv_head_) * groups;
-      const float* const terms = p_.key_term == nullptr ? nullptr : p_.key_term + (b_ * p_.q.heads() + h_) * p_.k.seq();
+      const std::int64_t row = (b_ * p_.q.heads() + h_) * padded_tokens(p_.k.seq());
+      const float* const terms = p_.key_term == nullptr ? nullptr : p_.key_term + row;
       for (int column = 0; column < kTile.k; ++column) {
         const int token = tokens[column];
         column_scale_[column] = token < 0 ? 0.f : scales[group_of(token, kKeyGroup)];
