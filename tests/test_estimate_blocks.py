@@ -285,7 +285,7 @@ def normal(seq_q: int, seq_k: int, *, batch: int = 1, heads: int = 4, kv_heads: 
 
 def assert_agrees(q: Tensor, k: Tensor, thresholds: tuple[float, ...] = THRESHOLDS, **options: Any) -> None:
     """With the reference in float64, but for blocks whose score is at the threshold up to rounding."""
-    scores = sale.block_scores(q.double(), k.double(), **options)
+    scores = sale.block_scores(q.double(), k.double(), key_dtype=k.dtype, **options)
     for threshold in thresholds:
         blocks = estimate_blocks(q, k, threshold, **options)
         blocks.validate()
@@ -396,6 +396,31 @@ def test_nan_loses_no_block(bad: float) -> None:
     assert torch.equal(alone[[0, 1, 2, 4]], least[[0, 1, 2, 4]])
     k[0, 10, 0, 0] = bad
     assert torch.equal(estimate_blocks(q, k, math.inf, block_size=(64, 64)).to_mask()[0, :2], every.expand(2, -1, -1))
+
+
+def test_keys_that_overflow_when_they_are_smoothed_are_listed() -> None:
+    """Far from their mean, as float16 can be: infinite then, and judged as keys that were so before."""
+    q, k = (x.half() for x in normal(400, 400))
+    k[0, :, 0, 0] = 40000
+    dense, least = (
+        blocks.to_mask()[0, 0]
+        for blocks in (
+            BlockList.dense(seq_q=400, seq_k=400, block_size=(64, 64), causal=True),
+            BlockList.sink_and_window(1, 2, seq_q=400, seq_k=400, block_size=(64, 64)),
+        )
+    )
+
+    def listed() -> Tensor:
+        return estimate_blocks(q, k, math.inf, block_size=(64, 64)).to_mask()[0]
+
+    assert torch.equal(listed(), least.expand(4, -1, -1)), "an offset of all does not matter"
+    k[0, 200, 0, 0] = -40000  # of block 3
+    expected = least.clone()
+    expected[:, 3] = dense[:, 3]
+    expected[3:5] = dense[3:5]  # near it: some queries' mass is not finite
+    assert torch.equal(listed(), torch.stack([expected, expected, least, least]))
+    k[0, 10, 0, 0] = -40000  # of the sink
+    assert torch.equal(listed(), torch.stack([dense, dense, least, least]))
 
 
 def test_batches_and_heads_are_each_for_themselves() -> None:

@@ -107,17 +107,15 @@ def selector(
     near = BlockList.sink_and_window(
         sink, window, seq_q=seq_q, seq_k=seq_k, block_size=block_size, causal=causal, device=q.device
     )
-    _, log_mass = block_sparse_attention(q, k, k, near, scale=factor, return_lse=True)
+    # Keys less their mean lower all scores of a query alike, those of the mass too.
+    smooth_k = (k - k.mean(1, keepdim=True, dtype=torch.float32)).to(k.dtype)
+    _, log_mass = block_sparse_attention(q, smooth_k, smooth_k, near, scale=factor, return_lse=True)
 
     # A byte for each value at 4 bits too.
     quantize = partial(torch.ops.fastattn.quantize_tokens, format=f"int{bits}", packed=bits != 4)
     low_q, q_scales, q_mean = quantize(q, group=1, smooth=smooth_queries)
-    low_k, k_scales, k_mean = quantize(k, group=KEY_GROUP, smooth=True)
-    # Estimates are of keys less their mean, which lowers all scores of a query alike: the mass has to follow.
-    groups = (k.shape[2], q.shape[2] // max(k.shape[2], 1))
-    shift = (q.unflatten(2, groups) * k_mean[:, None, :, None]).sum(-1)
-    log_mass = log_mass - factor * shift.flatten(2).transpose(1, 2)
-    term = key_term(factor * q_mean, k - k_mean[:, None]) if smooth_queries else None
+    low_k, k_scales, _ = quantize(smooth_k, group=KEY_GROUP, smooth=False)
+    term = key_term(factor * q_mean, smooth_k) if smooth_queries else None
 
     def select(threshold: float | Tensor) -> BlockList:
         counts, indices = torch.ops.fastattn.estimate_blocks(

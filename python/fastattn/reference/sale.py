@@ -36,6 +36,7 @@ def block_scores(
     scale: float | None = None,
     bits: int | None = 4,
     group: int = 8,
+    key_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """ln of each block's greatest relative attention score, ``[batch, heads, query blocks, key blocks]``.
 
@@ -46,6 +47,7 @@ def block_scores(
         sink, window: blocks, as in ``BlockList.sink_and_window``.
         bits: of the estimate; None estimates exactly.
         group: keys that share a scale, see ``quantize_tokens``. A query has one of its own.
+        key_dtype: that smoothed keys are rounded to: an implementation keeps them in that of its inputs. None: not.
     """
     seq_q, seq_k = q.shape[1], k.shape[1]
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
@@ -56,6 +58,7 @@ def block_scores(
     # as well: R compares the two. The mean is over all keys, for causal too: what a query sees does not change, only
     # how it is rounded.
     k = k - k.mean(1, keepdim=True)
+    k = k if key_dtype is None else k.to(key_dtype).to(k.dtype)
     exact = _scores(q, k, scale)
     estimate = exact if bits is None else estimated_scores(q, k, scale=scale, bits=bits, group=group)
 
