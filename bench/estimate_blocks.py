@@ -24,6 +24,7 @@ class Case:
     seq: int
     bits: Literal[4, 8] = 4
     smooth_queries: bool = True
+    query_stride: int = 1
     threshold: float = 0.008
     heads: int = 32  # the shape of Llama 3.1 8B
     kv_heads: int = 8
@@ -31,9 +32,12 @@ class Case:
 
     @property
     def name(self) -> str:
-        return f"S {self.seq}, τ {self.threshold:g}, {self.bits} bits{'' if self.smooth_queries else ', plain'}"
+        plain = "" if self.smooth_queries else ", plain"
+        judged = "" if self.query_stride == 1 else f", 1 of {self.query_stride}"
+        return f"S {self.seq}, τ {self.threshold:g}, {self.bits} bits{plain}{judged}"
 
 
+ESTIMATES: tuple[tuple[Literal[4, 8], bool], ...] = ((4, True), (8, False))  # where fewer queries are judged
 SMALL = partial(Case, threshold=0.03, heads=4, kv_heads=1)
 CASES = {
     "cpu": (SMALL(4096), SMALL(4096, smooth_queries=False), SMALL(4096, 8, False), SMALL(8192)),
@@ -41,6 +45,12 @@ CASES = {
         *(Case(seq) for seq in (8192, 16384, 32768, 65536, 131072)),
         Case(131072, smooth_queries=False),
         Case(131072, 8, False),
+        *(
+            Case(seq, *estimate, query_stride)
+            for seq in (65536, 131072)
+            for estimate in ESTIMATES
+            for query_stride in (2, 4)
+        ),
     ),
 }
 
@@ -61,6 +71,7 @@ def measure(case: Case, device: torch.device, seconds: float) -> tuple[float, di
         scale=None,
         bits=case.bits,
         smooth_queries=case.smooth_queries,
+        query_stride=case.query_stride,
     )
     select = prepare()
     blocks = select(case.threshold)
@@ -83,7 +94,8 @@ def main(
     place = torch.device(device) if device else best_device()
     table = Table(
         title=f"SALE on {place}: times in ms",
-        caption="prepare: near blocks and quantization; attend: the listed blocks; plain: queries not smoothed",
+        caption="prepare: near blocks and quantization; attend: the listed blocks; plain: queries not smoothed; "
+        "1 of 2: every second query is judged",
         header_style="bold",
     )
     for heading in ("case", "listed", "prepare", "estimate", "of dense", "attend", "dense", "speedup"):

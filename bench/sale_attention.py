@@ -29,15 +29,18 @@ class EstimatedCase(Case):
     seq: int
     threshold: float
     bits: int
+    query_stride: int
     causal = True
 
-    FORM = "b1_s8192_h32[_kv8]_d128_tau0.008[_bits8]"
+    FORM = "b1_s8192_h32[_kv8]_d128_tau0.008[_bits8][_stride2]"
     TOKENS = r"s(?P<seq>\d+)"
-    MASK = r"_tau(?P<threshold>\d+(\.\d+)?)(_bits(?P<bits>4|8))?"
+    MASK = r"_tau(?P<threshold>\d+(\.\d+)?)(_bits(?P<bits>4|8))?(_stride(?P<stride>[1-9]\d*))?"
 
     @classmethod
     def _fields(cls, match: re.Match[str]) -> dict[str, Any]:
-        return {"seq": int(match["seq"]), "threshold": float(match["threshold"]), "bits": int(match["bits"] or 4)}
+        bits, query_stride = int(match["bits"] or 4), int(match["stride"] or 1)
+        fields = {"threshold": float(match["threshold"]), "bits": bits, "query_stride": query_stride}
+        return {"seq": int(match["seq"]), **fields}
 
     def inputs(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         sizes = {"heads": self.heads, "kv_heads": self.kv_heads, "head_dim": self.head_dim}
@@ -64,12 +67,18 @@ class EstimatedCase(Case):
 
     @property
     def described_mask(self) -> str:
-        return f"structured, causal, τ {self.threshold:g}, {self.bits} bits"
+        judged = "" if self.query_stride == 1 else f", 1 of {self.query_stride} queries"
+        return f"structured, causal, τ {self.threshold:g}, {self.bits} bits{judged}"
 
 
 def ours(case: EstimatedCase) -> Attention:
     # 8 bits need no smoothed queries: see csrc/ops/sale_attention.md.
-    options: dict[str, Any] = {"bits": case.bits, "smooth_queries": case.bits == 4}
+    smooth_queries = case.bits == 4
+    options: dict[str, Any] = {
+        "bits": case.bits,
+        "smooth_queries": smooth_queries,
+        "query_stride": case.query_stride,
+    }
     return partial(fastattn.sale_attention, threshold=case.threshold, **options)
 
 

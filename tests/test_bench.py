@@ -45,7 +45,7 @@ SMALL = {
         "b1_s200_h2_d8_blocks128x64_keep40_int4_bf16_kernel",
         "b1_s200_h2_d8_int4_int8",
     ],
-    "sale_attention": ["b1_s150_h4_kv2_d64_tau0_bits8", "b2_s300_h2_d64_tau0"],  # dense
+    "sale_attention": ["b1_s150_h4_kv2_d64_tau0_bits8", "b2_s300_h2_d64_tau0_stride4"],  # dense
     "sigmoid_attention": ["b2_s5x7_h4_kv2_d8_causal", "b1_s4x9_h2_d8"],
 }
 ROUNDING = {"quantized_attention": 0.3}

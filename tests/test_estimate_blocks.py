@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -20,7 +20,7 @@ from fastattn.structured import Structured
 OP = torch.ops.fastattn.estimate_blocks
 SIZES = [(64, 64), (128, 64), (64, 128), (128, 128)]
 THRESHOLDS = (1, 0.1, 0.03, 0.008, 0.002)
-OPTIONS: dict[str, Any] = {"group": 8, "block_size": (64, 64), "sink": 1, "window": 1, "causal": True, "scale": 1.0}
+OPTIONS: dict[str, Any] = {"block_size": (64, 64), "sink": 1, "window": 1, "causal": True, "scale": 1.0}
 each_size = pytest.mark.parametrize("block_size", SIZES, ids=str)
 each_causal = pytest.mark.parametrize("causal", [True, False])
 each_bits = pytest.mark.parametrize("bits", [4, 8])
@@ -40,6 +40,8 @@ class Problem:
     floor: Tensor
     key_term: Tensor | None
     group: int
+    seq_q: int
+    query_stride: int
 
     @classmethod
     def random(
@@ -54,6 +56,7 @@ class Problem:
         bits: int = 4,
         group: int = 8,
         with_key_term: bool = True,
+        query_stride: int = 1,
     ) -> "Problem":
         """Every other block or so is below the floor."""
         limit = 2 ** (bits - 1) - 1
@@ -61,29 +64,41 @@ class Problem:
         def integers(seq: int, heads: int) -> Tensor:
             return torch.randint(-limit, limit + 1, (batch, seq, heads, head_dim), dtype=torch.int8)
 
+        judged = -(-seq_q // query_stride)
         groups = seq_k if group == 1 else -(-seq_k // (4 * group)) * 4
-        q_scales, k_scales = torch.rand(batch, heads, seq_q) / limit, torch.rand(batch, kv_heads, groups) / limit
-        floor = (0.7 + 0.2 * torch.rand(batch, heads, seq_q)) * math.sqrt(head_dim)
+        q_scales, k_scales = torch.rand(batch, heads, judged) / limit, torch.rand(batch, kv_heads, groups) / limit
+        floor = (0.7 + 0.2 * torch.rand(batch, heads, judged)) * math.sqrt(head_dim)
         key_term = None
         if with_key_term:  # what is past its tokens is not looked at
             key_term = torch.full((batch, heads, -(-seq_k // 32) * 32), math.nan)
             key_term[..., :seq_k] = 0.1 * torch.randn(batch, heads, seq_k)
-        return cls(integers(seq_q, heads), q_scales, integers(seq_k, kv_heads), k_scales, floor, key_term, group)
+        q, k = integers(judged, heads), integers(seq_k, kv_heads)
+        return cls(q, q_scales, k, k_scales, floor, key_term, group, seq_q, query_stride)
 
     @property
     def arguments(self) -> tuple[Tensor | None, ...]:
         return self.q, self.q_scales, self.k, self.k_scales, self.floor, self.key_term
 
+    @property
+    def options(self) -> dict[str, int]:
+        return {"group": self.group, "seq_q": self.seq_q, "query_stride": self.query_stride}
+
+    def every(self, query_stride: int) -> "Problem":
+        """The same with fewer queries judged."""
+        own = (self.q[:, ::query_stride], self.q_scales[..., ::query_stride])
+        floor = self.floor[..., ::query_stride]
+        return replace(self, q=own[0], q_scales=own[1], floor=floor, query_stride=query_stride)
+
     def run(self, block_size: tuple[int, int], **options: Any) -> BlockList:
-        counts, indices = OP(*self.arguments, group=self.group, block_size=block_size, **options)
+        counts, indices = OP(*self.arguments, **self.options, block_size=block_size, **options)
         return self.block_list(counts, indices, block_size, options["causal"])
 
     def block_list(self, counts: Tensor, indices: Tensor, block_size: tuple[int, int], causal: bool) -> BlockList:
-        return BlockList(counts, indices, self.q.shape[1], self.k.shape[1], block_size, causal=causal)
+        return BlockList(counts, indices, self.seq_q, self.k.shape[1], block_size, causal=causal)
 
     def expected(self, block_size: tuple[int, int], *, sink: int, window: int, causal: bool, scale: float) -> BlockList:
         """csrc/ops/estimate_blocks.md, operation by operation."""
-        seq_q, seq_k = self.q.shape[1], self.k.shape[1]
+        seq_q, seq_k = self.seq_q, self.k.shape[1]
         ratio = self.q.shape[2] // self.k.shape[2]
         token = torch.arange(seq_k)
         group_of_token = token if self.group == 1 else token // (4 * self.group) * 4 + token % 8 // 2
@@ -95,8 +110,9 @@ class Problem:
         reached = ~(fused_multiply_add(factor, product, term) < self.floor[..., None])
 
         options: dict[str, Any] = {"seq_q": seq_q, "seq_k": seq_k, "block_size": block_size, "causal": causal}
-        scores = torch.where(reached & reference.band_mask(seq_q, seq_k, causal=causal), 0.0, -math.inf)
-        mask = sale._block_max(scores, block_size) == 0
+        seen = reference.band_mask(seq_q, seq_k, causal=causal)[:: self.query_stride]
+        scores = torch.where(reached & seen, 0.0, -math.inf)
+        mask = sale._block_max(scores, (block_size[0] // self.query_stride, block_size[1])) == 0
         return BlockList.from_mask(mask | BlockList.sink_and_window(sink, window, **options).to_mask(), **options)
 
 
@@ -146,6 +162,7 @@ def test_every_bit(data: st.DataObject) -> None:
         bits=draw(4, 8),
         group=draw(1, 8, 16, 32),
         with_key_term=draw(True, False),
+        query_stride=draw(1, 2, 4, 8, 64),
     )
     options = {"sink": draw(0, 1, 2), "window": draw(0, 1, 2, 5), "causal": draw(True, False), "scale": draw(1.0, 0.3)}
     block_size = draw(*SIZES)
@@ -242,9 +259,43 @@ def test_a_key_that_causality_hides_counts_for_nothing() -> None:
     assert listed.nonzero()[:, 2:].tolist() == [[1, 3], [2, 3]]
 
 
+@each_size
+@each_causal
+@pytest.mark.parametrize("seqs", [(500, 900), (900, 500), (257, 257), (63, 300), (1, 1)], ids=str)
+def test_fewer_queries_list_no_more(block_size: tuple[int, int], causal: bool, seqs: tuple[int, int]) -> None:
+    options: dict[str, Any] = {"sink": 1, "window": 1, "causal": causal, "scale": 1.0}
+    problem = Problem.random(*seqs)
+    problem.floor *= 1.3
+    masks = [problem.every(stride).run(block_size, **options).to_mask() for stride in (1, 2, 4, 8, 64)]
+    for more, less in pairwise(masks):
+        assert (less <= more).all()
+    if min(seqs) == 500:
+        assert masks[-1].sum() < masks[0].sum()
+
+
+def test_what_only_queries_in_between_see_or_need() -> None:
+    problem = Problem.random(128, 200, batch=1, heads=1, kv_heads=1, group=1, with_key_term=False)
+    problem.q[:], problem.k[:], problem.floor[:] = 1, 1, math.inf
+    problem.q_scales[:], problem.k_scales[:] = 1, 1
+    problem.floor[..., 5] = -math.inf  # of query 5, which sees keys up to 77
+
+    def listed(query_stride: int) -> list[list[int]]:
+        blocks = problem.every(query_stride).run((64, 64), sink=0, window=0, causal=True, scale=1.0)
+        return blocks.to_mask()[0, 0].int().tolist()
+
+    assert listed(1) == [[1, 1, 0, 0], [0, 0, 0, 0]]
+    assert listed(2) == [[0, 0, 0, 0], [0, 0, 0, 0]]
+    problem.floor[:] = -math.inf
+    assert listed(1) == [[1, 1, 1, 0], [1, 1, 1, 1]]  # queries 56 to 63 see keys from 128 on
+    assert listed(8) == [[1, 1, 1, 0], [1, 1, 1, 1]]
+    assert listed(16) == [[1, 1, 0, 0], [1, 1, 1, 0]]  # 48 does not
+    every = problem.every(16).run((64, 64), sink=0, window=1, causal=True, scale=1.0)
+    assert every.to_mask()[0, 0].int().tolist() == [[1, 1, 1, 0], [1, 1, 1, 1]]  # blocks are near to all queries
+
+
 def test_strided_arguments_and_threads() -> None:
     problem = Problem.random(200, 300)
-    expected = OP(*problem.arguments, **OPTIONS)
+    expected = OP(*problem.arguments, **problem.options, **OPTIONS)
 
     # Tokens are read in place, with any strides but the last; the others are copied.
     problem.q = torch.cat([problem.q, problem.q], 2)[:, :, :4]
@@ -255,7 +306,7 @@ def test_strided_arguments_and_threads() -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        got = OP(*problem.arguments, **OPTIONS)
+        got = OP(*problem.arguments, **problem.options, **OPTIONS)
     finally:
         torch.set_num_threads(threads)
     for x, y in zip(got, expected, strict=True):
@@ -302,6 +353,41 @@ def test_agrees_with_the_reference_where_there_is_structure(
 ) -> None:
     q, k, _ = Structured(700, heads=4, kv_heads=2, head_dim=128).inputs(dtype=torch.float32)
     assert_agrees(q, k, block_size=block_size, causal=causal, bits=bits)
+
+
+@each_causal
+@each_bits
+@pytest.mark.parametrize("smooth_queries", [True, False])
+@pytest.mark.parametrize("query_stride", [2, 4, 16, 64])
+def test_agrees_with_the_reference_where_fewer_queries_are_judged(
+    causal: bool, bits: int, smooth_queries: bool, query_stride: int
+) -> None:
+    for seq_q, seq_k in ((500, 500), (333, 130), (130, 333), (1, 200)):
+        q, k, _ = Structured(500, heads=4, kv_heads=2, head_dim=64).inputs(dtype=torch.float32)
+        q, k = q[:, :seq_q], k[:, :seq_k]
+        options: dict[str, Any] = {"causal": causal, "bits": bits, "query_stride": query_stride}
+        if smooth_queries:
+            for block_size in ((64, 64), (128, 64)):
+                assert_agrees(q, k, block_size=block_size, **options)
+        else:
+            options = {"block_size": (64, 64), "smooth_queries": False, **options}
+            for threshold in THRESHOLDS:
+                few = estimate_blocks(q, k, threshold, **options).to_mask()
+                assert (few <= estimate_blocks(q, k, threshold, **{**options, "query_stride": 1}).to_mask()).all()
+
+
+@each_size
+@pytest.mark.parametrize(("seq_q", "seq_k"), [(300, 300), (130, 333), (333, 130), (1, 200), (65, 129)])
+@each_causal
+def test_threshold_0_lists_all_whatever_is_judged(
+    block_size: tuple[int, int], seq_q: int, seq_k: int, causal: bool
+) -> None:
+    options: dict[str, Any] = {"block_size": block_size, "causal": causal}
+    every = BlockList.dense(seq_q=seq_q, seq_k=seq_k, **options)
+    for query_stride in (2, 8, 64):
+        for window in (1, 2):
+            q, k = normal(seq_q, seq_k)
+            assert_same(estimate_blocks(q, k, 0, window=window, query_stride=query_stride, **options), every)
 
 
 SHAPES = [(300, 300), (130, 333), (333, 130), (1, 200), (64, 64), (65, 129), (257, 255), (1, 1)]
@@ -443,10 +529,11 @@ def test_strided_views_are_read_as_they_are() -> None:
 
 
 @pytest.mark.parametrize("with_key_term", [True, False])
-def test_opcheck(with_key_term: bool) -> None:
-    problem = Problem.random(70, 130, with_key_term=with_key_term)
+@pytest.mark.parametrize("query_stride", [1, 4])
+def test_opcheck(with_key_term: bool, query_stride: int) -> None:
+    problem = Problem.random(70, 130, with_key_term=with_key_term, query_stride=query_stride)
     options = {**OPTIONS, "block_size": (64, 128)}
-    torch.library.opcheck(OP.default, problem.arguments, options)
+    torch.library.opcheck(OP.default, problem.arguments, {**problem.options, **options})
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
@@ -490,11 +577,13 @@ def test_autocast_does_not_touch_the_floor() -> None:
 
 
 @each_causal
-def test_flops_are_those_of_all_scores_seen(causal: bool) -> None:
-    problem = Problem.random(70, 100)
+@pytest.mark.parametrize("seqs", [(70, 100), (100, 70), (100, 1), (1, 1), (65, 64)], ids=str)
+@pytest.mark.parametrize("query_stride", [1, 2, 64])
+def test_flops_are_those_of_all_scores_seen(causal: bool, seqs: tuple[int, int], query_stride: int) -> None:
+    problem = Problem.random(*seqs, query_stride=query_stride)
     with FlopCounterMode(display=False) as counter:
         problem.run((64, 64), sink=1, window=1, causal=causal, scale=1.0)
-    seen = int(reference.band_mask(70, 100, causal=causal).sum())
+    seen = int(reference.band_mask(*seqs, causal=causal)[::query_stride].sum())
     assert counter.get_total_flops() == 2 * 2 * 4 * 64 * seen
 
 
@@ -527,13 +616,17 @@ def option(**new: Any) -> Callable[[list[Tensor], dict[str, Any]], None]:
             r"k must be contiguous in its last dimension, got strides \[33280, 256, 128, 2\]",
             put(2, lambda x: x.repeat_interleave(2, 3)[..., ::2]),
         ),
-        refused(r"q_scales must be Float \[batch, heads, seq_q\] = \[2, 4, 70\], got Double", put(1, Tensor.double)),
+        refused(
+            r"q_scales must be Float \[batch, heads, queries of q\] = \[2, 4, 70\], got Double", put(1, Tensor.double)
+        ),
         refused(r"q_scales must be Float .* got Float \[2, 4, 69\]", put(1, lambda x: x[..., 1:])),
         refused(
             r"k_scales must be Float \[batch, kv_heads, groups\] = \[2, 2, 20\], got Float \[2, 2, 19\]",
             put(3, lambda x: x[..., 1:]),
         ),
-        refused(r"floor must be Float \[batch, heads, seq_q\] .* got Float \[2, 4, 1\]", put(4, lambda x: x[..., :1])),
+        refused(
+            r"floor must be Float \[batch, heads, queries of q\] .* got Float \[2, 4, 1\]", put(4, lambda x: x[..., :1])
+        ),
         refused(
             r"key_term must be Float \[batch, heads, padded seq_k\] = \[2, 4, 160\], got Float \[2, 4, 130\]",
             put(5, lambda x: x[..., :130]),
@@ -544,6 +637,13 @@ def option(**new: Any) -> Callable[[list[Tensor], dict[str, Any]], None]:
         refused(r"block_size must be \(queries, keys\), each 64 or 128, got \[64\]", option(block_size=[64])),
         refused(r"block_size must be .*, got \[0, 64\]", option(block_size=[0, 64])),
         refused("a block must have 64 or 128 queries, and keys, got 64 x 96", option(block_size=[64, 96])),
+        refused("query_stride must divide the queries of a block, 64, got 3", option(query_stride=3)),
+        refused("query_stride must divide the queries of a block, 64, got 0", option(query_stride=0)),
+        refused("query_stride must divide the queries of a block, 64, got 128", option(query_stride=128)),
+        refused("seq_q must be between 0 and .*, got -1", option(seq_q=-1)),
+        refused("seq_q must be between 0 and .*, got 1073741824", option(seq_q=2**30)),
+        refused("q must hold 35 of 70 queries with query_stride 2, got 70", option(query_stride=2)),
+        refused("q must hold 72 of 72 queries with query_stride 1, got 70", option(seq_q=72)),
         refused("sink must not be negative, got -1", option(sink=-1)),
         refused("window must not be negative, got -3", option(window=-3)),
         refused("scale must be finite and positive, got 0", option(scale=0.0)),
@@ -553,7 +653,8 @@ def option(**new: Any) -> Callable[[list[Tensor], dict[str, Any]], None]:
 def test_bad_arguments_of_the_op_are_refused(
     message: str, change: Callable[[list[Tensor], dict[str, Any]], None]
 ) -> None:
-    tensors, options = [x for x in Problem.random(70, 130).arguments if x is not None], dict(OPTIONS)
+    problem = Problem.random(70, 130)
+    tensors, options = [x for x in problem.arguments if x is not None], {**problem.options, **OPTIONS}
     change(tensors, options)
     with pytest.raises(RuntimeError, match="estimate_blocks: " + message):
         OP(*tensors, **options)
@@ -572,7 +673,7 @@ def test_bad_shapes_of_the_op_are_refused() -> None:
         (Problem.random(70, 130, head_dim=264).arguments, 8, "head_dim must be a multiple of 8 .*, got 264"),
     ]:
         with pytest.raises(RuntimeError, match="estimate_blocks: " + message):
-            OP(*arguments, **{**OPTIONS, "group": group})
+            OP(*arguments, group=group, seq_q=70, **OPTIONS)
 
 
 def test_bad_arguments_are_refused() -> None:
@@ -587,6 +688,13 @@ def test_bad_arguments_are_refused() -> None:
             estimate_blocks(*arguments)
     with pytest.raises(ValueError, match="bits must be 4 or 8, got 3"):
         estimate_blocks(q, k, 0.1, bits=3)  # type: ignore[arg-type]
+    for query_stride in (0, -1, 3, 256):
+        with pytest.raises(
+            ValueError, match=f"query_stride must divide the queries of a block, 128, got {query_stride}"
+        ):
+            estimate_blocks(q, k, 0.1, query_stride=query_stride)
+    with pytest.raises(ValueError, match="window must be at least 1 where causal queries have a query_stride, got 0"):
+        estimate_blocks(q, k, 0.1, window=0, query_stride=2)
     with pytest.raises(ValueError, match="block_size must be two of"):
         estimate_blocks(q, k, 0.1, block_size=(64, 32))
     with pytest.raises(RuntimeError, match="the heads of q must be a multiple of those of k, got 4 and 3"):
@@ -602,8 +710,8 @@ def test_bad_arguments_are_refused() -> None:
 
 def assert_same_on_gpu(problem: Problem, block_size: tuple[int, int], **options: Any) -> None:
     on_device = [x if x is None else x.cuda() for x in problem.arguments]
-    want = OP(*problem.arguments, group=problem.group, block_size=block_size, **options)
-    got = OP(*on_device, group=problem.group, block_size=block_size, **options)
+    want = OP(*problem.arguments, **problem.options, block_size=block_size, **options)
+    got = OP(*on_device, **problem.options, block_size=block_size, **options)
     for name, mine, theirs in zip(("counts", "indices"), got, want, strict=True):
         assert torch.equal(mine.cpu(), theirs), name
 
@@ -621,6 +729,20 @@ def test_gpu_lists_what_the_cpu_lists(
         problem = Problem.random(seq_q, seq_k, head_dim=head_dim, bits=bits, group=group, with_key_term=with_key_term)
         assert_same_on_gpu(problem, block_size, sink=1, window=1, causal=causal, scale=0.9)
         assert_same_on_gpu(problem, block_size, sink=0, window=0, causal=causal, scale=1.0)
+
+
+@pytest.mark.gpu
+@each_size
+@each_causal
+@pytest.mark.parametrize("query_stride", [2, 4, 8, 16, 64])
+@pytest.mark.parametrize("with_key_term", [True, False])
+def test_gpu_judges_the_same_queries(
+    block_size: tuple[int, int], causal: bool, query_stride: int, with_key_term: bool
+) -> None:
+    for seq_q, seq_k in ((700, 1000), (1000, 700), (515, 515), (63, 65), (1, 300)):
+        problem = Problem.random(seq_q, seq_k, with_key_term=with_key_term, query_stride=query_stride)
+        for near in (0, 1):
+            assert_same_on_gpu(problem, block_size, sink=near, window=near, causal=causal, scale=1.0)
 
 
 @pytest.mark.gpu
@@ -650,13 +772,13 @@ def test_gpu_judges_what_is_not_finite_alike(with_key_term: bool) -> None:
 def test_gpu_runs_in_a_graph() -> None:
     problem = Problem.random(1000, 1000)
     on_device = [x if x is None else x.cuda() for x in problem.arguments]
-    OP(*on_device, **OPTIONS)
+    OP(*on_device, **problem.options, **OPTIONS)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        counts, indices = OP(*on_device, **OPTIONS)
+        counts, indices = OP(*on_device, **problem.options, **OPTIONS)
     on_device[4].add_(1)
     graph.replay()
-    want = OP(*problem.arguments[:4], problem.floor + 1, problem.key_term, **OPTIONS)
+    want = OP(*problem.arguments[:4], problem.floor + 1, problem.key_term, **problem.options, **OPTIONS)
     assert torch.equal(counts.cpu(), want[0])
     assert torch.equal(indices.cpu(), want[1])
 

@@ -26,7 +26,12 @@ def sample(seq: int = 500, *, seed: int = 0, batch: int = 1, heads: int = 4) -> 
 def test_is_attention_on_the_estimated_blocks() -> None:
     q, k, v = sample(batch=2)
     threshold = torch.tensor([0.02, 0.05, 0.1, 0.2])
-    for options in ({}, {"bits": 8, "sink": 2, "window": 1, "scale": 0.1}, {"causal": False, "smooth_queries": False}):
+    for options in (
+        {},
+        {"bits": 8, "sink": 2, "window": 1, "scale": 0.1},
+        {"causal": False, "smooth_queries": False},
+        {"query_stride": 4},
+    ):
         blocks = estimate_blocks(q, k, threshold, block_size=SIZE, **options)
         assert 0 < blocks.density.mean() < (0.45 if blocks.causal else 0.9)
         expected = block_sparse_attention(q, k, v, blocks, scale=options.get("scale"), return_lse=True)
@@ -111,9 +116,11 @@ def test_calibration_holds_its_bound_on_each_sample() -> None:
 def test_calibration_agrees_with_the_reference() -> None:
     inputs = sample(300)
     for theta in (3e-4, 1e-3, 3e-3):
-        got = calibrate_sale([(0, *inputs)], theta, block_size=SIZE).thresholds[0]
-        expected = sale.calibrate_sale([tuple(x.double() for x in inputs)], theta, block_size=SIZE)
-        assert torch.equal(got, expected.float())
+        for query_stride in (1, 2):
+            options = {"block_size": SIZE, "query_stride": query_stride}
+            got = calibrate_sale([(0, *inputs)], theta, **options).thresholds[0]
+            expected = sale.calibrate_sale([tuple(x.double() for x in inputs)], theta, **options)
+            assert torch.equal(got, expected.float())
 
 
 def test_calibration_of_layers_in_any_order() -> None:
@@ -152,6 +159,7 @@ def test_save_and_load(tmp_path: Path) -> None:
         causal=False,
         bits=8,
         smooth_queries=False,
+        query_stride=8,
         start=0.05,
     )
     for each in (plan, SalePlan(torch.rand(3, 4))):
@@ -162,6 +170,17 @@ def test_save_and_load(tmp_path: Path) -> None:
         assert loaded.thresholds.dtype == torch.float32
     out = sale_attention(*inputs, loaded.thresholds[1], **loaded.options)
     assert torch.equal(out, sale_attention(*inputs, loaded.thresholds[1]))
+
+
+def test_load_of_a_plan_without_a_stride(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    metadata = {"format": "fastattn.sale.1", "block_size": "64x64", "sink": "1", "window": "2", "causal": "1"}
+    metadata |= {"bits": "8", "smooth_queries": "0"}
+    save_file({"thresholds": torch.ones(1, 4)}, tmp_path / "old.safetensors", metadata=metadata)
+    expected = SalePlan(torch.ones(1, 4), SIZE, bits=8, smooth_queries=False)
+    assert SalePlan.load(tmp_path / "old.safetensors").options == expected.options
+    assert expected.query_stride == 1
 
 
 def test_bad_input(tmp_path: Path) -> None:

@@ -541,6 +541,18 @@ Status validate(const EstimateBlocks& problem) {
       return status;
     }
   }
+  if (problem.query_stride < 1 || problem.block.q % problem.query_stride != 0) {
+    return failure("%s: query_stride must divide the queries of a block, %d, got %lld", op, problem.block.q,
+                   Long{problem.query_stride});
+  }
+  if (problem.seq_q < 0 || problem.seq_q > kMaxSeq) {
+    return failure("%s: seq_q must be between 0 and 2^30 - 1, got %lld", op, Long{problem.seq_q});
+  }
+  if (problem.q.seq() != ceil_div(problem.seq_q, problem.query_stride)) {
+    return failure("%s: q must hold %lld of %lld queries with query_stride %lld, got %lld", op,
+                   Long{ceil_div(problem.seq_q, problem.query_stride)}, Long{problem.seq_q}, Long{problem.query_stride},
+                   Long{problem.q.seq()});
+  }
   if (problem.sink < 0 || problem.window < 0) {
     return failure("%s: %s must not be negative, got %lld", op, problem.sink < 0 ? "sink" : "window",
                    Long{problem.sink < 0 ? problem.sink : problem.window});

@@ -281,18 +281,20 @@ Status quantized_attention(const QuantizedAttention& problem, Stream stream);
 
 // estimate_blocks: the blocks of scores that low-bit queries and keys find worth computing (SALE, arXiv 2505.24179).
 
-// A block is listed if it is of the sink or the window, or if one of its scores that causality leaves,
+// A block is listed if it is of the sink or the window, or if one of its scores that causality leaves to queries of q,
 // scale · (scaled query · scaled key) + key_term, is not below the floor of its query. NaN is not.
 struct EstimateBlocks {
   // As quantize_tokens leaves them, of kInt8; 4-bit ones a byte each.
-  TensorView q;                     // [batch, seq_q, heads, head_dim]
+  TensorView q;                     // [batch, ceil(seq_q / query_stride), heads, head_dim]
   TensorView k;                     // [batch, seq_k, kv_heads, head_dim]; heads is a multiple of kv_heads
-  const float* q_scales = nullptr;  // [batch, heads, seq_q]
+  const float* q_scales = nullptr;  // [batch, heads, ceil(seq_q / query_stride)]
   const float* k_scales = nullptr;  // [batch, kv_heads, num_groups(seq_k, group)]
   std::int64_t group = 32;          // of the keys' scales: one of kTokenGroups
-  const float* floor = nullptr;     // [batch, heads, seq_q]
+  const float* floor = nullptr;     // like q_scales
   const float* key_term = nullptr;  // [batch, heads, padded_tokens(seq_k)], as in QuantizedAttention; null: 0
   float scale = 1.f;
+  std::int64_t query_stride = 1;      // divides block.q; row i of q is query i · query_stride, the others have no say
+  std::int64_t seq_q = 0;             // of all queries, whose blocks are listed
   TileShape block{128, 128};          // queries and keys, each 64 or 128
   std::int64_t sink = 0, window = 0;  // in blocks, see sink_and_window
   bool causal = false;

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from ._key_term import key_term
 from ._ops import Op, register
-from .attention import kept_scores
 from .block_list import BlockList
 from .block_sparse_attention import block_sparse_attention
 
@@ -29,6 +28,7 @@ def estimate_blocks(
     scale: float | None = None,
     bits: Literal[4, 8] = 4,
     smooth_queries: bool = True,
+    query_stride: int = 1,
 ) -> BlockList:
     r"""The blocks of scores that hold weight, found from queries and keys in 4 bits.
 
@@ -52,13 +52,17 @@ def estimate_blocks(
         bits: of the estimate, 4 or 8.
         smooth_queries: round the queries less their mean, and add the mean's scores exactly. Without, an estimate
             costs less and is less accurate if the mean is large. Keys are always smoothed.
+        query_stride: judge the scores of the queries 0, ``query_stride``, 2 · ``query_stride``, … alone, as if the
+            others needed no block but those of the sink and the window, which has to be 1 or more if ``causal``.
+            Divides ``block_size[0]``. The estimate costs as many times less, and misses what only the other queries
+            need: see csrc/ops/sale_attention.md, and calibrate with it.
 
     Returns:
         A ``BlockList`` for each batch entry and head, a constant to autograd. Where something is NaN its row of blocks
-        is listed whole.
+        is listed whole, if it is judged.
 
     Raises:
-        ValueError: for a threshold, a number of bits or a block size that is not allowed.
+        ValueError: for a threshold, a number of bits, a block size or a stride that is not allowed.
         RuntimeError: for an argument that cannot be run. The message names the argument, what came and what is allowed.
 
     Example:
@@ -76,6 +80,7 @@ def estimate_blocks(
         scale=scale,
         bits=bits,
         smooth_queries=smooth_queries,
+        query_stride=query_stride,
     )
     return select(threshold)
 
@@ -92,6 +97,7 @@ def selector(
     scale: float | None,
     bits: int,
     smooth_queries: bool,
+    query_stride: int,
 ) -> Callable[[float | Tensor], BlockList]:
     """``estimate_blocks`` for any threshold: all that does not depend on it is done once."""
     if bits not in (4, 8):
@@ -107,9 +113,19 @@ def selector(
     near = BlockList.sink_and_window(
         sink, window, seq_q=seq_q, seq_k=seq_k, block_size=block_size, causal=causal, device=q.device
     )
+    if query_stride < 1 or block_size[0] % query_stride != 0:
+        raise ValueError(
+            f"estimate_blocks: query_stride must divide the queries of a block, {block_size[0]}, got {query_stride}"
+        )
+    if query_stride > 1 and causal and window < 1:
+        raise ValueError(
+            "estimate_blocks: window must be at least 1 where causal queries have a query_stride, got 0: "
+            "no query would list the blocks that only queries in between see"
+        )
     # Keys less their mean lower all scores of a query alike, those of the mass too.
     smooth_k = (k - k.mean(1, keepdim=True, dtype=torch.float32)).to(k.dtype)
     _, log_mass = block_sparse_attention(q, smooth_k, smooth_k, near, scale=factor, return_lse=True)
+    q, log_mass = q[:, ::query_stride], log_mass[..., ::query_stride]
 
     # A byte for each value at 4 bits too.
     quantize = partial(torch.ops.fastattn.quantize_tokens, format=f"int{bits}", packed=bits != 4)
@@ -126,6 +142,8 @@ def selector(
             log_mass + _log_threshold(threshold, q)[:, None],
             term,
             group=KEY_GROUP,
+            seq_q=seq_q,
+            query_stride=query_stride,
             block_size=block_size,
             sink=sink,
             window=window,
@@ -160,10 +178,11 @@ def _fake(
     floor: Tensor,
     key_term: Tensor | None = None,
     *,
+    seq_q: int,
     block_size: Sequence[int],
     **_: Any,
 ) -> tuple[Tensor, Tensor]:
-    batch, seq_q, heads, _dim = q.shape
+    batch, _seq, heads, _dim = q.shape
     rows, columns = (seq_q + block_size[0] - 1) // block_size[0], (k.shape[1] + block_size[1] - 1) // block_size[1]
     return (
         q.new_empty((batch, heads, rows), dtype=torch.int32),
@@ -171,18 +190,33 @@ def _fake(
     )
 
 
-def _flops(q: Tensor, q_scales: Tensor, k: Tensor, *rest: Tensor | None, causal: bool = False, **_: Any) -> int:
-    """Of all scores that are seen, those of the sink and the window included."""
-    batch, seq_q, heads, head_dim = q.shape
-    return 2 * batch * heads * head_dim * kept_scores(seq_q, k.shape[1], causal)
+def _flops(
+    q: Tensor,
+    q_scales: Tensor,
+    k: Tensor,
+    *rest: Tensor | None,
+    seq_q: int,
+    query_stride: int = 1,
+    causal: bool = False,
+    **_: Any,
+) -> int:
+    """Of all scores that the queries of ``q`` see, those of the sink and the window included."""
+    batch, queries, heads, head_dim = q.shape
+    seen = queries * k.shape[1]
+    if causal:  # from a query to the next ``query_stride`` keys more, after those that see none
+        hidden = seq_q - k.shape[1]
+        blind = min(-(-max(hidden, 0) // query_stride), queries)
+        least, most = (i * query_stride - hidden + 1 for i in (blind, queries - 1))
+        seen = (queries - blind) * (least + most) // 2
+    return 2 * batch * heads * head_dim * seen
 
 
 register(
     Op(
         name="estimate_blocks",
         schema="(Tensor q, Tensor q_scales, Tensor k, Tensor k_scales, Tensor floor, Tensor? key_term=None, *, "
-        "int group, int[] block_size, int sink, int window, bool causal=False, float scale) "
-        "-> (Tensor counts, Tensor indices)",
+        "int group, int seq_q, int query_stride=1, int[] block_size, int sink, int window, bool causal=False, "
+        "float scale) -> (Tensor counts, Tensor indices)",
         fake=_fake,
         flops=_flops,
         flops_read_data=True,

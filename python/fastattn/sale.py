@@ -36,11 +36,12 @@ class SalePlan:
     causal: bool = True
     bits: Literal[4, 8] = 4
     smooth_queries: bool = True
+    query_stride: int = 1
 
     @property
     def options(self) -> dict[str, Any]:
         """Those of ``sale_attention`` and ``estimate_blocks``."""
-        names = ("block_size", "sink", "window", "causal", "bits", "smooth_queries")
+        names = ("block_size", "sink", "window", "causal", "bits", "smooth_queries", "query_stride")
         return {name: getattr(self, name) for name in names}
 
     def save(self, path: Path | str) -> None:
@@ -66,6 +67,7 @@ class SalePlan:
             numbers["causal"] == "1",
             4 if numbers["bits"] == "4" else 8,
             numbers["smooth_queries"] == "1",
+            int(numbers.get("query_stride", 1)),  # plans had none at first
         )
 
 
@@ -83,6 +85,7 @@ def sale_attention(
     scale: float | None = ...,
     bits: Literal[4, 8] = ...,
     smooth_queries: bool = ...,
+    query_stride: int = ...,
     return_lse: Literal[False] = ...,
 ) -> Tensor: ...
 
@@ -101,6 +104,7 @@ def sale_attention(
     scale: float | None = ...,
     bits: Literal[4, 8] = ...,
     smooth_queries: bool = ...,
+    query_stride: int = ...,
     return_lse: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...
 
@@ -118,6 +122,7 @@ def sale_attention(
     scale: float | None = None,
     bits: Literal[4, 8] = 4,
     smooth_queries: bool = True,
+    query_stride: int = 1,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     r"""Attention on the blocks of scores that ``estimate_blocks`` lists; on those it is exact.
@@ -129,7 +134,7 @@ def sale_attention(
         k, v: ``[batch, seq_k, kv_heads, head_dim]``; ``heads`` is a multiple of ``kv_heads``.
         threshold: for all heads, or float ``[heads]``: the share of a query's mass in the sink and the window that a
             score is listed for. 0 computes all, as ``fastattn.attention`` does.
-        block_size, sink, window, causal, scale, bits, smooth_queries: as in ``estimate_blocks``.
+        block_size, sink, window, causal, scale, bits, smooth_queries, query_stride: as in ``estimate_blocks``.
         return_lse: return the log-sum-exp of each row as well.
 
     Returns:
@@ -149,6 +154,7 @@ def sale_attention(
         scale=scale,
         bits=bits,
         smooth_queries=smooth_queries,
+        query_stride=query_stride,
     )
     out, lse = block_sparse_attention(q, k, v, blocks, scale=scale, return_lse=True)
     return (out, lse) if return_lse else out
@@ -168,6 +174,7 @@ def calibrate_sale(
     scale: float | None = None,
     bits: Literal[4, 8] = 4,
     smooth_queries: bool = True,
+    query_stride: int = 1,
     progress: bool = True,
 ) -> SalePlan:
     r"""Finds the threshold of each layer and head: halved from ``start`` until its error is under ``theta``.
@@ -182,8 +189,8 @@ def calibrate_sale(
             channels, the worst of a batch; 0 makes every head dense. The bound in the paper is absolute, of
             ``Σ |out - exact| / tokens``, 0.4 for Llama 3.1 8B: it depends on how large a model's values are.
         start, floor: 0.008 and 1e-4 in the paper.
-        block_size, sink, window, causal, scale, bits, smooth_queries: as in ``estimate_blocks``; all but the scale
-            are kept in the plan.
+        block_size, sink, window, causal, scale, bits, smooth_queries, query_stride: as in ``estimate_blocks``; all but
+            the scale are kept in the plan.
         progress: show a bar, where the standard error is a terminal.
 
     Raises:
@@ -200,6 +207,7 @@ def calibrate_sale(
         "causal": causal,
         "bits": bits,
         "smooth_queries": smooth_queries,
+        "query_stride": query_stride,
     }
     found: dict[int, Tensor] = {}
     with progress_bar(Console(stderr=True, quiet=not progress)) as bar:

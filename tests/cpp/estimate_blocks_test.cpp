@@ -26,7 +26,7 @@ struct Problem {
   EstimateBlocks description;
 
   // Integers up to `limit`.
-  Problem(int limit, std::int64_t dim, std::int64_t group, TileShape block, bool causal) {
+  Problem(int limit, std::int64_t dim, std::int64_t group, TileShape block, bool causal, std::int64_t stride = 1) {
     std::mt19937 random(1);
     const auto integers = [&](std::int64_t count) {
       std::vector<std::int8_t> values;
@@ -43,11 +43,12 @@ struct Problem {
       return values;
     };
     const float root = std::sqrt(static_cast<float>(dim)), step = 1.f / static_cast<float>(limit);
-    q = integers(kBatch * kSeqQ * kHeads * dim);
+    const std::int64_t judged = ceil_div(kSeqQ, stride);
+    q = integers(kBatch * judged * kHeads * dim);
     k = integers(kBatch * kSeqK * kKvHeads * dim);
-    q_scales = floats(kBatch * kHeads * kSeqQ, 0.f, step);
+    q_scales = floats(kBatch * kHeads * judged, 0.f, step);
     k_scales = floats(kBatch * kKvHeads * num_groups(kSeqK, group), 0.f, step);
-    floor = floats(kBatch * kHeads * kSeqQ, 0.8f * root, 1.f * root);
+    floor = floats(kBatch * kHeads * judged, 0.8f * root, 1.f * root);
     key_term = floats(kBatch * kHeads * padded_tokens(kSeqK), -0.1f, 0.1f);
     for (std::int64_t row = 0; row < kBatch * kHeads; ++row) {  // what is past the keys is not looked at
       std::fill(key_term.begin() + row * padded_tokens(kSeqK) + kSeqK,
@@ -61,7 +62,7 @@ struct Problem {
                         .stride = {seq * heads * dim, heads * dim, dim, 1},
                         .dtype = DType::kInt8};
     };
-    description = {.q = view(q, kSeqQ, kHeads),
+    description = {.q = view(q, judged, kHeads),
                    .k = view(k, kSeqK, kKvHeads),
                    .q_scales = q_scales.data(),
                    .k_scales = k_scales.data(),
@@ -69,6 +70,8 @@ struct Problem {
                    .floor = floor.data(),
                    .key_term = key_term.data(),
                    .scale = 0.9f,
+                   .query_stride = stride,
+                   .seq_q = kSeqQ,
                    .block = block,
                    .sink = 1,
                    .window = 1,
@@ -77,13 +80,15 @@ struct Problem {
                    .indices = indices.data()};
   }
 
+  // Of the i-th query that is judged.
   bool reaches_floor(std::int64_t b, std::int64_t h, std::int64_t i, std::int64_t j) const {
+    const std::int64_t judged = description.q.seq();
     const std::int64_t dim = description.q.head_dim(), kv = h / (kHeads / kKvHeads), group = description.group;
     int sum = 0;
     for (std::int64_t d = 0; d < dim; ++d) {
-      sum += q[((b * kSeqQ + i) * kHeads + h) * dim + d] * k[((b * kSeqK + j) * kKvHeads + kv) * dim + d];
+      sum += q[((b * judged + i) * kHeads + h) * dim + d] * k[((b * kSeqK + j) * kKvHeads + kv) * dim + d];
     }
-    const std::int64_t row = (b * kHeads + h) * kSeqQ + i;
+    const std::int64_t row = (b * kHeads + h) * judged + i;
     const float query_scale = description.scale * q_scales[row];
     const float scale = query_scale * k_scales[(b * kKvHeads + kv) * num_groups(kSeqK, group) + group_of(j, group)];
     const float score = std::fma(scale, static_cast<float>(sum), key_term[(b * kHeads + h) * padded_tokens(kSeqK) + j]);
@@ -93,6 +98,7 @@ struct Problem {
   // Row `row` of a head: the listed blocks, then the others.
   std::vector<std::int32_t> expected(std::int64_t b, std::int64_t h, int row, std::int32_t& count) const {
     const TileShape block = description.block;
+    const std::int64_t stride = description.query_stride;
     const SinkAndWindow near = sink_and_window(row, kSeqQ, kSeqK, block, description.sink, description.window);
     std::vector<std::int32_t> listed, others;
     for (int column = 0; column * block.k < kSeqK; ++column) {
@@ -101,7 +107,7 @@ struct Problem {
         for (std::int64_t j = column * block.k; j < min_of<std::int64_t>((column + 1) * block.k, kSeqK); ++j) {
           const bool sees = !description.causal || j <= i + kSeqK - kSeqQ;
           is_seen = is_seen || sees;
-          is_listed = is_listed || (sees && reaches_floor(b, h, i, j));
+          is_listed = is_listed || (sees && i % stride == 0 && reaches_floor(b, h, i / stride, j));
         }
       }
       (is_listed || (is_seen && near.contains(column)) ? listed : others).push_back(column);
@@ -118,12 +124,13 @@ void check_against_loops(const char* name, const cpu::EstimateBlocksKernels& ker
     std::int64_t dim, group;
     TileShape block;
     bool causal;
-  } cases[] = {{7, 64, 8, {64, 64}, true},
-               {127, 40, 32, {128, 64}, true},
-               {7, 24, 1, {64, 128}, false},
-               {127, 128, 16, {128, 128}, false}};
-  for (const auto& [limit, dim, group, block, causal] : cases) {
-    Problem p(limit, dim, group, block, causal);
+    std::int64_t stride;
+  } cases[] = {{7, 64, 8, {64, 64}, true, 1},        {127, 40, 32, {128, 64}, true, 1},
+               {7, 24, 1, {64, 128}, false, 1},      {127, 128, 16, {128, 128}, false, 1},
+               {7, 64, 8, {64, 64}, true, 2},        {127, 40, 32, {128, 64}, true, 8},
+               {127, 128, 16, {128, 128}, false, 4}, {7, 24, 1, {64, 128}, true, 64}};
+  for (const auto& [limit, dim, group, block, causal, stride] : cases) {
+    Problem p(limit, dim, group, block, causal, stride);
     check(validate(p.description).ok(), validate(p.description).message);
     kernels.run(p.description, StdThreads{2});
     const int rows = ceil_div<int>(kSeqQ, block.q), columns = ceil_div<int>(kSeqK, block.k);
@@ -175,6 +182,11 @@ const Test refusals("estimate_blocks: what is refused", [] {
   refuse([](auto& p) { p.scale = 0.f; }, "scale must be finite and positive, got 0");
   refuse([](auto& p) { p.scale = HUGE_VALF; }, "scale must be finite and positive, got inf");
   refuse([](auto& p) { p.block.q = 96; }, "a block must have 64 or 128 queries, and keys, got 96 x 128");
+  refuse([](auto& p) { p.query_stride = 3; }, "query_stride must divide the queries of a block, 64, got 3");
+  refuse([](auto& p) { p.query_stride = 0; }, "query_stride must divide the queries of a block, 64, got 0");
+  refuse([](auto& p) { p.seq_q = -1; }, "seq_q must be between 0 and 2^30 - 1, got -1");
+  refuse([](auto& p) { p.seq_q = 0; }, "q must hold 0 of 0 queries with query_stride 1, got 200");
+  refuse([](auto& p) { p.query_stride = 2; }, "q must hold 100 of 200 queries with query_stride 2, got 200");
   refuse([](auto& p) { p.sink = -1; }, "sink must not be negative, got -1");
   refuse([](auto& p) { p.window = -2; }, "window must not be negative, got -2");
   refuse([](auto& p) { p.floor = nullptr; }, "floor is needed and has no data");

@@ -45,7 +45,8 @@ void estimate_blocks(const EstimateBlocks& p, const Threads& threads) {
   constexpr int kQueriesAtOnce = 4 * Isa::kRows;  // what is computed of a block before it may turn out to be listed
   static_assert(kMaxHeadDim * (kRows + kMaxBlockSide) + kQueriesAtOnce * kMaxBlockSide <= kScratchFloats);
   static_assert(kMaxHeadDim * Int8::kLargest * Int8::kLargest <= 0x1p24f);  // sums are exact
-  const int num_q = static_cast<int>(p.q.seq()), num_k = static_cast<int>(p.k.seq());
+  const int num_q = static_cast<int>(p.seq_q), num_k = static_cast<int>(p.k.seq());
+  const int stride = static_cast<int>(p.query_stride), judged = static_cast<int>(p.q.seq());
   const int blocks_q = ceil_div(num_q, p.block.q), blocks_k = ceil_div(num_k, p.block.k);
   const int dim = static_cast<int>(p.q.head_dim()), width = round_up<Isa>(dim);
   const std::int64_t heads = p.q.heads(), kv_heads = p.k.heads(), groups = num_groups(num_k, p.group);
@@ -56,15 +57,15 @@ void estimate_blocks(const EstimateBlocks& p, const Threads& threads) {
     const int row = static_cast<int>(blocks_q - 1 - task % blocks_q);
     const std::int64_t h = task / blocks_q % heads, b = task / blocks_q / heads, own = b * heads + h;
     const std::int64_t kv_head = h / (heads / kv_heads);
-    const int first = row * p.block.q, queries = min_of(p.block.q, num_q - first);
+    const int first = row * (p.block.q / stride), queries = min_of(p.block.q / stride, judged - first);
 
     Scratch scratch;
     float* const q = scratch.take(kRows * width);
     float* const sums = scratch.take(kQueriesAtOnce * kMaxBlockSide);
     float* const key_columns = scratch.take(dim * kMaxBlockSide);
     load_rows<Isa>(q, rows_of<const std::int8_t>(p.q, b, h, tokens_of_box<kRows>(first, 0, first + queries)), dim);
-    const float* const q_scales = p.q_scales + own * num_q + first;
-    const float* const floors = p.floor + own * num_q + first;
+    const float* const q_scales = p.q_scales + own * judged + first;
+    const float* const floors = p.floor + own * judged + first;
 
     KeyTerms keys;
     const auto load_keys = [&](int first_key, int count) {
@@ -92,7 +93,7 @@ void estimate_blocks(const EstimateBlocks& p, const Threads& threads) {
           const int end = min_of(part + kQueriesAtOnce, queries);
           multiply<Isa, Update::kOverwrite>(q + part * width, width, columns, sums, kMaxBlockSide, end - part);
           for (int i = part; i < end && !reached; ++i) {
-            const auto keeps = [&, row_mask = mask.row(i)](int k) {
+            const auto keeps = [&, row_mask = mask.row(i * stride)](int k) {
               return coverage() == Coverage::kFull || row_mask.keeps(k);
             };
             reached = reaches_floor<Isa>(sums + (i - part) * kMaxBlockSide, keys, p.scale * q_scales[i], floors[i],

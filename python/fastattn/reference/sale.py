@@ -37,6 +37,7 @@ def block_scores(
     bits: int | None = 4,
     group: int = 8,
     key_dtype: torch.dtype | None = None,
+    query_stride: int = 1,
 ) -> Tensor:
     """ln of each block's greatest relative attention score, ``[batch, heads, query blocks, key blocks]``.
 
@@ -48,6 +49,8 @@ def block_scores(
         bits: of the estimate; None estimates exactly.
         group: keys that share a scale, see ``quantize_tokens``. A query has one of its own.
         key_dtype: that smoothed keys are rounded to: an implementation keeps them in that of its inputs. None: not.
+        query_stride: only the queries 0, ``query_stride``, 2 · ``query_stride``, … are judged, and smoothed by their
+            mean; a divisor of ``block_size[0]``.
     """
     seq_q, seq_k = q.shape[1], k.shape[1]
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
@@ -60,7 +63,10 @@ def block_scores(
     k = k - k.mean(1, keepdim=True)
     k = k if key_dtype is None else k.to(key_dtype).to(k.dtype)
     exact = _scores(q, k, scale)
-    estimate = exact if bits is None else estimated_scores(q, k, scale=scale, bits=bits, group=group)
+    judged = slice(None, None, query_stride)
+    estimate = (
+        exact[:, :, judged] if bits is None else estimated_scores(q[:, judged], k, scale=scale, bits=bits, group=group)
+    )
 
     # ln l. A kernel has m, the row's maximum in the sink and the window, and l over exp(m); then S has to reach
     # m + ln(threshold · l), and the printed ln(threshold · l + m) is a slip. A query that sees no key of the sink or
@@ -68,8 +74,9 @@ def block_scores(
     log_mass = exact.masked_fill(~near.token_mask(), -math.inf).logsumexp(-1, keepdim=True)
 
     seen = band_mask(seq_q, seq_k, causal=causal)
-    log_relative = (estimate - log_mass).masked_fill(~seen, -math.inf)
-    return _block_max(log_relative, block_size).masked_fill(near.to_mask(), math.inf)
+    log_relative = (estimate - log_mass[:, :, judged]).masked_fill(~seen[judged], -math.inf)
+    judged_size = (block_size[0] // query_stride, block_size[1])
+    return _block_max(log_relative, judged_size).masked_fill(near.to_mask(), math.inf)
 
 
 def estimated_scores(q: Tensor, k: Tensor, *, scale: float, bits: int = 4, group: int = 8) -> Tensor:
