@@ -10,7 +10,7 @@ from torch.nn.functional import normalize, pad
 
 @dataclass(frozen=True)
 class Structured:
-    """Shape and structure of a problem: equal fields give equal tensors.
+    """Shape and structure of a problem: equal fields give equal tensors on a kind of device.
 
     Each query head divides its weight otherwise among four parts: the sink, which is the first key; the tokens just
     before the query; heavy columns, single keys that runs of queries heed from any distance; and the rest, noise. A
@@ -35,13 +35,13 @@ class Structured:
     seed: int = 0
 
     def inputs(self, device: str = "cpu", dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k and v, drawn on the CPU."""
-        random = torch.Generator().manual_seed(self.seed)
+        """q, k and v, drawn on the device."""
+        random = torch.Generator(device).manual_seed(self.seed)
         batch, seq, heads, kv_heads, dim = self.batch, self.seq, self.heads, self.kv_heads, self.head_dim
-        group = torch.arange(heads) // (heads // kv_heads)  # the key head of each query head
+        group = torch.arange(heads, device=device) // (heads // kv_heads)  # the key head of each query head
 
         def normal(*shape: int) -> Tensor:
-            return torch.randn(shape, generator=random)
+            return torch.randn(shape, generator=random, device=device)
 
         def directions(*shape: int) -> Tensor:
             """Of length 1, in the channels that have no position."""
@@ -49,9 +49,9 @@ class Structured:
 
         def scores(masses: tuple[float, float]) -> Tensor:
             """What the keys of a part have to score together: ``[heads, 1]``."""
-            steps = torch.linspace(math.log(masses[0]), math.log(masses[1]), heads)
+            steps = torch.linspace(math.log(masses[0]), math.log(masses[1]), heads, device=device)
             rest = math.log(seq) + 1.5  # of scores whose variance is about 3
-            return rest + steps[torch.randperm(heads, generator=random), None]
+            return rest + steps[torch.randperm(heads, generator=random, device=device), None]
 
         q = 0.5 * normal(batch, seq, heads, dim) + self.query_bias * normal(heads, dim)
         k, v = 0.5 * normal(batch, seq, kv_heads, dim), normal(batch, seq, kv_heads, dim)
@@ -65,23 +65,23 @@ class Structured:
         q += scores(self.sink) * sink[group]
 
         # Positions are angles, at speeds from one radian per token down: their products fall with the distance.
-        angle = torch.arange(seq)[:, None] * torch.logspace(0, -2, dim // 4)
+        angle = torch.arange(seq, device=device)[:, None] * torch.logspace(0, -2, dim // 4, device=device)
         position = normalize(torch.cat([angle.cos(), angle.sin()], dim=-1), dim=-1)
         position = pad(position, (0, dim - position.shape[-1]))[:, None]
         k[:, 1:] += norm * position[1:]
         q += (scores(self.local) - 1.5) * position  # about five keys are that near
 
         runs, columns = -(-seq // self.run), max(seq // self.column_distance, 1)
-        place = torch.randint(min(seq - 1, 1), seq, (columns,), generator=random).sort().values
+        place = torch.randint(min(seq - 1, 1), seq, (columns,), generator=random, device=device).sort().values
         column = directions(kv_heads, columns)
         k[:, place] += norm * column.transpose(0, 1)
         # A run heeds columns that it sees, where there are any.
-        seen = (place < torch.arange(1, runs + 1)[:, None] * self.run).sum(-1).clamp(min=1)
-        heeded = (torch.rand(self.heeded, heads, runs, generator=random) * seen).long()
+        seen = (place < torch.arange(1, runs + 1, device=device)[:, None] * self.run).sum(-1).clamp(min=1)
+        heeded = (torch.rand(self.heeded, heads, runs, generator=random, device=device) * seen).long()
         heed = column[group[:, None], heeded].sum(0).repeat_interleave(self.run, dim=1)[:, :seq]
         q += (scores(self.columns) - math.log(self.heeded))[None] * heed.transpose(0, 1)
 
         for head in range(kv_heads):
-            odd = torch.randperm(dim, generator=random)[: self.outlier_channels]
+            odd = torch.randperm(dim, generator=random, device=device)[: self.outlier_channels]
             k[:, :, head, odd] += self.outlier * normal(len(odd)).sign()
-        return q.to(device, dtype), k.to(device, dtype), v.to(device, dtype)
+        return q.to(dtype), k.to(dtype), v.to(dtype)
