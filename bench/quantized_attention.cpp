@@ -83,6 +83,9 @@ class LowBits {
     problem_.scales = static_cast<float*>(scales_.get());
     problem_.group = transpose ? fastattn::kAllTokens : group;
     problem_.transpose = transpose;
+    workspace_ = device.allocate(
+        device.run([&](const auto& executor) { return fastattn::quantize_tokens_workspace(problem_, executor); }));
+    problem_.workspace = workspace_.get();
     view_.data = values_.get();
     view_.dtype = format == TokenFormat::kFloat8 ? DType::kFloat8 : DType::kInt8;
     const std::int64_t shape[4] = {batch, transpose ? heads : seq, transpose ? dim : heads, transpose ? length : dim};
@@ -102,7 +105,7 @@ class LowBits {
 
  private:
   const Device& device_;
-  std::shared_ptr<void> values_, scales_;
+  std::shared_ptr<void> values_, scales_, workspace_;
   fastattn::QuantizeTokens problem_;
   fastattn::TensorView view_;
 };
@@ -185,12 +188,13 @@ const AddOp<QuantizedCase, QuantizedAttentionProblem> kOp{
         "b1_s16384_h16_d128_int8_bf16_kernel",
         "b1_s16384_h16_d128_fp8_fp8_kernel",
         "b1_s16384_h16_d128_int4_int8",
-        "b1_s16384_h16_d128_causal_int8_int8",
+        "b1_s16384_h16_d128_causal_int8_bf16",
+        "b1_s65536_h16_d128_int8_fp8",
+        "b1_s65536_h16_d128_int8_bf16",
         "b1_s16384_h16_d64_int8_int8",
         "b1_s16384_h16_d64_int8_fp8",
-        "b1_s16384_h16_d64_causal_int8_int8",
-        "b1_s75600_h40_d128_blocks128x128_keep30_int8_int8",
-        "b2_s17776_h48_d64_blocks64x64_keep30_int8_int8",
+        "b1_s16384_h16_d64_int8_bf16",
+        "b1_s16384_h16_d128_blocks128x128_keep30_int8_fp8",
     },
     {
         "b1_s130_h2_d64_int8_int8",

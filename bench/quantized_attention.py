@@ -143,12 +143,13 @@ OP = Op(
             "b1_s16384_h16_d128_int8_bf16_kernel",
             "b1_s16384_h16_d128_fp8_fp8_kernel",
             "b1_s16384_h16_d128_int4_int8",
-            "b1_s16384_h16_d128_causal_int8_int8",
+            "b1_s16384_h16_d128_causal_int8_bf16",
+            "b1_s65536_h16_d128_int8_fp8",
+            "b1_s65536_h16_d128_int8_bf16",
             "b1_s16384_h16_d64_int8_int8",
             "b1_s16384_h16_d64_int8_fp8",
-            "b1_s16384_h16_d64_causal_int8_int8",
-            "b1_s75600_h40_d128_blocks128x128_keep30_int8_int8",  # Wan 2.1, 720p
-            "b2_s17776_h48_d64_blocks64x64_keep30_int8_int8",  # CogVideoX
+            "b1_s16384_h16_d64_int8_bf16",
+            "b1_s16384_h16_d128_blocks128x128_keep30_int8_fp8",
         ),
     },
     modes=("fwd",),

@@ -95,8 +95,11 @@ OP = Op(
             "b1_s16384_h32_kv8_d128_tau0.008",
             "b1_s32768_h32_kv8_d128_tau0.008",
             "b1_s65536_h32_kv8_d128_tau0.008",
+            "b1_s65536_h32_kv8_d128_tau0.008_bits8",
+            "b1_s65536_h32_kv8_d128_tau0.008_stride2",
+            "b1_s65536_h32_kv8_d128_tau0.008_bits8_stride2",
             "b1_s131072_h32_kv8_d128_tau0.008",
-            "b1_s131072_h32_kv8_d128_tau0.008_bits8",
+            "b1_s131072_h32_kv8_d128_tau0.008_bits8_stride2",
         ),
     },
 )

@@ -9,7 +9,7 @@
 
 namespace fastattn::cpu {
 
-// The tiles' keys are those of the GPU's: weights are rounded relative to the maximum of a tile.
+// The tiles' keys are those of the GPU's: weights of int8 values are rounded relative to the maximum of a tile.
 inline constexpr TileShape kQuantizedTile{64, 128};
 
 template <class Isa, class Schedules>
@@ -21,7 +21,7 @@ void quantized_attention(const QuantizedAttention& p, const Schedules& schedules
     case WeightFormat::kUInt8:
       return forward<Isa, kQuantizedTile>(operands, schedules, TileSoftmax{UInt8::kLargestLog2}, threads);
     case WeightFormat::kFloat8:
-      return forward<Isa, kQuantizedTile>(operands, schedules, TileSoftmax{Float8E4M3::kLargestLog2}, threads);
+      return forward<Isa, kQuantizedTile>(operands, schedules, SoftmaxBy<One, Float8Weights>{}, threads);
   }
 }
 

@@ -10,7 +10,7 @@ namespace {
 constexpr const char* kOp = "estimate_blocks";
 
 std::int64_t num_rows_of_blocks(const EstimateBlocks& p) {
-  return p.q.batch() * p.q.heads() * ceil_div(p.q.seq(), std::int64_t{p.block.q});
+  return p.q.batch() * p.q.heads() * ceil_div(p.seq_q, std::int64_t{p.block.q});
 }
 
 // In the workspace marks come first, then the queue's counter.
@@ -22,22 +22,25 @@ std::size_t size_of_marks(const EstimateBlocks& p) {
 template <int kIndex>
 Status run(const EstimateBlocks& p, Stream stream) {
   using Kernel = sm90::EstimateKernel<kIndex>;
-  const int num_q = static_cast<int>(p.q.seq()), num_k = static_cast<int>(p.k.seq());
+  const int num_k = static_cast<int>(p.k.seq());
   sm90::EstimateParams params{};
-  params.band = {num_q, num_k, num_k, p.causal ? 0 : num_q};
+  params.num_q = static_cast<int>(p.seq_q);
+  params.num_k = num_k;
+  params.query_stride = static_cast<int>(p.query_stride);
+  params.causal = p.causal;
   params.q_scales = p.q_scales;
   params.k_scales = p.k_scales;
   params.floor = p.floor;
-  params.key_term = p.key_term;
+  params.terms = {p.key_term, num_k};
   params.scale = p.scale;
   params.run_shift = p.group == 8 ? 5 : p.group == 16 ? 6 : 7;
   params.block = p.block;
   params.sink = static_cast<int>(min_of<std::int64_t>(p.sink, num_k));
-  params.window = static_cast<int>(min_of<std::int64_t>(p.window, num_k + num_q));
+  params.window = static_cast<int>(min_of<std::int64_t>(p.window, p.seq_q + num_k));
   params.batch = static_cast<int>(p.q.batch());
   params.heads = static_cast<int>(p.q.heads());
   params.heads_per_kv_head = sm90::heads_per_kv_head(p.q, p.k);
-  params.q_tiles = ceil_div(num_q, Kernel::kTile.q);
+  params.q_tiles = ceil_div(static_cast<int>(p.q.seq()), Kernel::kTile.q);
   params.counts = p.counts;
   params.indices = p.indices;
   params.marks = static_cast<std::uint8_t*>(p.workspace);

@@ -14,34 +14,43 @@
 namespace fastattn {
 namespace {
 
-// Values of 8 bits, whose weights are relative to their tile's own maximum.
-template <class Key, class Value, class Weight, class Schedule_>
-struct LowBitValues {
+template <int kStages64, int kStages128>
+struct Tiles {
+  using Epilogue = sm90::QuantizedOutput;
+  static constexpr sm90::Config kForward[] = {
+      {.head_dim = 64, .tile = {128, 128}, .stages = kStages64, .warpgroups = 2},
+      {.head_dim = 128, .tile = {128, 128}, .stages = kStages128, .warpgroups = 2}};
+};
+
+template <class Key, class Schedule_>
+struct Int8Values : Tiles<4, 4> {
   using Schedule = Schedule_;
   using Score = TileSoftmax;
-  using Operands = sm90::QuantizedOperands<Key, Value, Weight>;
-  using Epilogue = sm90::QuantizedOutput;
-  static constexpr Score kScore{Weight::kLargestLog2};
-  static constexpr sm90::Config kForward[] = {{.head_dim = 64, .tile = {128, 128}, .stages = 4, .warpgroups = 2},
-                                              {.head_dim = 128, .tile = {128, 128}, .stages = 4, .warpgroups = 2}};
+  using Operands = sm90::QuantizedOperands<Key, std::int8_t, UInt8>;
+  static constexpr Score kScore{UInt8::kLargestLog2};
+};
+
+template <class Key, class Schedule_>
+struct Float8Values : Tiles<4, 4> {
+  using Schedule = Schedule_;
+  using Score = SoftmaxBy<One, Float8Weights>;
+  using Operands = sm90::QuantizedOperands<Key, Float8E4M3, Float8E4M3>;
+  static constexpr Score kScore{};
 };
 
 // Values as they are.
 template <class Key, class Value, class Schedule_>
-struct WideValues {
+struct WideValues : Tiles<4, 3> {
   using Schedule = Schedule_;
   using Score = SoftmaxBy<One>;
   using Operands = sm90::QuantizedOperands<Key, Value, Value>;
-  using Epilogue = sm90::QuantizedOutput;
   static constexpr Score kScore{};
-  static constexpr sm90::Config kForward[] = {{.head_dim = 64, .tile = {128, 128}, .stages = 3, .warpgroups = 2},
-                                              {.head_dim = 128, .tile = {128, 128}, .stages = 2, .warpgroups = 2}};
 };
 
 template <class Variant>
 Status run(const QuantizedAttention& p, const typename Variant::Schedule& schedule, Stream stream) {
-  const sm90::QuantizedScales scales{
-      p.q_scales, p.k_scales, p.key_term, static_cast<int>(p.q.seq()), static_cast<int>(p.k.seq()), p.scale * kLog2E};
+  const int seq_q = static_cast<int>(p.q.seq()), seq_k = static_cast<int>(p.k.seq());
+  const sm90::QuantizedScales scales{p.q_scales, p.k_scales, {p.key_term, seq_k}, seq_q, seq_k, p.scale * kLog2E};
   const sm90::QuantizedOutput epilogue{p.out, p.lse, p.v_scales, p.v_mean, sm90::heads_per_kv_head(p.q, p.k), p.order};
   return sm90::run_forward<Variant>("quantized_attention",
                                     {p.q, p.k, p.v, schedule, Variant::kScore, epilogue, p.workspace, scales}, stream);
@@ -53,9 +62,9 @@ Status run_on(const QuantizedAttention& p, const Schedule& schedule, Stream stre
   if (p.q.dtype == DType::kInt8) {
     switch (p.v.dtype) {
       case DType::kInt8:
-        return run<LowBitValues<std::int8_t, std::int8_t, UInt8, Schedule>>(p, schedule, stream);
+        return run<Int8Values<std::int8_t, Schedule>>(p, schedule, stream);
       case DType::kFloat8:
-        return run<LowBitValues<std::int8_t, Float8E4M3, Float8E4M3, Schedule>>(p, schedule, stream);
+        return run<Float8Values<std::int8_t, Schedule>>(p, schedule, stream);
       case DType::kBFloat16:
         return run<WideValues<std::int8_t, BFloat16, Schedule>>(p, schedule, stream);
       case DType::kFloat16:
@@ -64,7 +73,7 @@ Status run_on(const QuantizedAttention& p, const Schedule& schedule, Stream stre
         break;
     }
   } else if (p.v.dtype == DType::kFloat8) {
-    return run<LowBitValues<Float8E4M3, Float8E4M3, Float8E4M3, Schedule>>(p, schedule, stream);
+    return run<Float8Values<Float8E4M3, Schedule>>(p, schedule, stream);
   }
   return failure(
       "quantized_attention: on the GPU int8 q and k go with v of int8, float8_e4m3fn, float16 or bfloat16, "

@@ -113,6 +113,12 @@ struct AccumulatorRow {
   }
 };
 
+__device__ inline float larger_or_nan(float a, float b) {
+  float larger;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(larger) : "f"(a), "f"(b));
+  return larger;
+}
+
 // Adds up the four lanes' shares of a row.
 __device__ inline float sum_over_row(float share) {
   share += __shfl_xor_sync(0xffffffffu, share, 1);

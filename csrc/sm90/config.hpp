@@ -11,9 +11,13 @@ struct Config {
   int stages;
   int warpgroups;  // consumers; one more warpgroup produces
 
-  // 65,536 registers a block: with two consumer warpgroups 24 + 2 · 240, with three 32 + 3 · 160, times 128 threads.
+  // What a block is launched with is shared out anew: 168 registers for each thread of three warpgroups become 24 and
+  // 2 · 240, 128 of four 32 and 3 · 160, 96 of five 24 and 4 · 112. Asking for more than there are waits forever.
+  constexpr int launched_registers() const { return 65536 / ((warpgroups + 1) * 128) / 8 * 8; }
   constexpr int producer_registers() const { return warpgroups == 3 ? 32 : 24; }
-  constexpr int consumer_registers() const { return warpgroups == 3 ? 160 : 240; }
+  constexpr int consumer_registers() const {
+    return (launched_registers() * (warpgroups + 1) - producer_registers()) / warpgroups / 8 * 8;
+  }
 };
 
 }  // namespace fastattn::sm90

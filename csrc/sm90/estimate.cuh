@@ -13,10 +13,10 @@
 #include <type_traits>
 
 #include "fastattn/fastattn.hpp"
-#include "fastattn/schedule/band.hpp"
 #include "fastattn/schedule/sink_and_window.hpp"
 #include "sm90/accumulator.cuh"
 #include "sm90/config.hpp"
+#include "sm90/key_terms.cuh"
 #include "sm90/ring.cuh"
 #include "sm90/shared_tile.cuh"
 #include "sm90/tma.cuh"
@@ -27,8 +27,11 @@ namespace fastattn::sm90 {
 // What both kernels know of a problem.
 struct EstimateParams {
   TensorMap<int> q, k;
-  Band band;
-  const float *q_scales, *k_scales, *floor, *key_term;
+  int num_q, num_k;  // all tokens
+  int query_stride;  // row i of q is query i · query_stride
+  bool causal;
+  const float *q_scales, *k_scales, *floor;
+  KeyTerms terms;
   float scale;
   int run_shift;  // 2^run_shift tokens of keys have four scales
   TileShape block;
@@ -38,16 +41,20 @@ struct EstimateParams {
   std::uint8_t* marks;  // [batch, heads, query blocks, key blocks], zeros before
   WorkQueue works;      // query tiles of all heads
 
-  __device__ int blocks_q() const { return ceil_div(band.num_q, block.q); }
-  __device__ int blocks_k() const { return ceil_div(band.num_k, block.k); }
+  __device__ int num_rows() const { return ceil_div(num_q, query_stride); }
+  __device__ int blocks_q() const { return ceil_div(num_q, block.q); }
+  __device__ int blocks_k() const { return ceil_div(num_k, block.k); }
   __device__ int column_of(int key) const { return key >> (block.k == 128 ? 7 : 6); }
-  __device__ SinkAndWindow near(int row) const {
-    return sink_and_window(row, band.num_q, band.num_k, block, sink, window);
+  __device__ SinkAndWindow near(int row) const { return sink_and_window(row, num_q, num_k, block, sink, window); }
+  // A query sees the first keys, so many.
+  __device__ int seen_keys(int query) const {
+    return causal ? max_of(0, min_of(query + num_k - num_q + 1, num_k)) : num_k;
   }
 };
 
-inline constexpr Config kEstimate[] = {{.head_dim = 64, .tile = {128, 128}, .stages = 6, .warpgroups = 2},
-                                       {.head_dim = 128, .tile = {128, 128}, .stages = 6, .warpgroups = 2}};
+// A judgement is short and waits often: four warpgroups hide more of that than two with two accumulators each.
+inline constexpr Config kEstimate[] = {{.head_dim = 64, .tile = {256, 128}, .stages = 6, .warpgroups = 4},
+                                       {.head_dim = 128, .tile = {256, 128}, .stages = 6, .warpgroups = 4}};
 
 template <int kIndex>
 struct EstimateKernel {
@@ -71,6 +78,7 @@ struct EstimateKernel {
   struct Shared {
     QueryTile q[kQueryStages];
     KeyTile k[kStages];
+    TermTile<kTile.k> key_terms[kStages];
     Ring<kQueryStages, Work> q_ring;
     Ring<kStages, Announcement> k_ring;
   };
@@ -102,16 +110,32 @@ struct EstimateKernel {
     }
   }
 
-  // Are all blocks of a tile listed anyway?
-  static __device__ bool is_near(const Params& params, int q_tile, int k_tile) {
-    const int row = q_tile * kTile.q / params.block.q, column = params.column_of(k_tile * kTile.k);
-    const int rows = kTile.q / params.block.q, columns = kTile.k / params.block.k;
-    bool near = true;
-    for (int i = row; i < min_of(row + rows, params.blocks_q()); ++i) {
-      const SinkAndWindow of_row = params.near(i);
-      near = near && of_row.contains(column) && of_row.contains(column + columns - 1);
-    }
-    return near;
+  // Reports the key tiles of a query tile, without those whose blocks are all listed anyway.
+  template <class Report>
+  static __device__ void far_runs(const Params& params, int q_tile, Report&& report) {
+    const int queries = kTile.q * params.query_stride, first_query = q_tile * queries;
+    const int last_query = min_of(first_query + queries, params.num_q) - 1;
+    const bool is_whole = last_query - first_query + 1 == queries;
+    const int end = ceil_div(params.seen_keys(last_query), kTile.k);
+    const int full_end = is_whole ? params.seen_keys(first_query) / kTile.k : 0;
+    const auto report_between = [&](int first, int last) {
+      const int middle = max_of(first, min_of(last, full_end));
+      if (first < middle) {
+        report(TileRun{first, middle - first, Coverage::kFull});
+      }
+      if (middle < last) {
+        report(TileRun{middle, last - middle, Coverage::kPartial});
+      }
+    };
+    // The windows of all rows of blocks have these in common: rows move on to the right.
+    const int columns = kTile.k / params.block.k;
+    const SinkAndWindow of_first = params.near(first_query / params.block.q);
+    const Interval window{params.near(last_query / params.block.q).window.begin, of_first.window.end};
+    const int sink_end = min_of(of_first.sink, params.blocks_k()) / columns;
+    const int window_begin = max_of(sink_end, ceil_div(max_of(window.begin, 0), columns));
+    const int window_end = max_of(window_begin, window.end / columns);
+    report_between(sink_end, min_of(window_begin, end));
+    report_between(window_end, end);
   }
 
   static __device__ void produce(const Params& params, Shared& shared) {
@@ -124,26 +148,22 @@ struct EstimateKernel {
         params.q.load(shared.q[position.q.stage], work.q_tile * kTile.q, work.head, work.batch, full);
       });
       position.q.advance();
-      announce(
-          [&](auto&& report) {
-            auto cursor = params.band.runs(work.q_tile, kTile);
-            for (TileRun run; cursor.next(run);) {
-              const int end = run.first + run.count;
-              for (int tile = run.first; tile < end; ++tile) {
-                if (!is_near(params, work.q_tile, tile)) {
-                  report(work.head, TileRun{tile, 1, run.coverage});
-                }
-              }
-            }
-          },
-          [&](Announcement run) {
-            shared.k_ring.fill(position.k, run.count * KeyTile::kBytes, run, [&](Barrier& full) {
-              if (run.count > 0) {
-                params.k.load(shared.k[position.k.stage], run.first * kTile.k, kv_head, work.batch, full);
-              }
-            });
-            position.k.advance();
-          });
+      announce([&](auto&& report) { far_runs(params, work.q_tile, [&](TileRun run) { report(work.head, run); }); },
+               [&](Announcement run) {
+                 if (run.count == 0) {
+                   shared.k_ring.fill(position.k, 0, run, [](Barrier&) {});
+                   position.k.advance();
+                 }
+                 for (int k_tile = run.first; k_tile < run.first + run.count; ++k_tile) {
+                   TermTile<kTile.k>& key_terms = shared.key_terms[position.k.stage];
+                   const int bytes = KeyTile::kBytes + params.terms.bytes(key_terms, k_tile);
+                   shared.k_ring.fill(position.k, bytes, run, [&](Barrier& full) {
+                     params.k.load(shared.k[position.k.stage], k_tile * kTile.k, kv_head, work.batch, full);
+                     params.terms.load(key_terms, row, k_tile, full);
+                   });
+                   position.k.advance();
+                 }
+               });
     }
     shared.q_ring.fill(position.q, 0, {.exists = false}, [](Barrier&) {});
   }
@@ -156,73 +176,88 @@ struct EstimateKernel {
     }
   }
 
-  // One query tile against all of its key tiles, one announced at a time.
+  // One query tile against all of its key tiles.
   static __device__ void judge(const Params& params, Shared& shared, Work work, int warpgroup, Positions& position) {
     const AccumulatorThread at(threadIdx.x % kWarpgroupThreads);
-    const int first_row = warpgroup * kWarpgroupRows, first_query = work.q_tile * kTile.q + first_row;
+    const int first_row = warpgroup * kWarpgroupRows, num_rows = params.num_rows(), num_k = params.num_k;
     const std::int64_t head = std::int64_t{work.batch} * params.heads + work.head;
-    const int num_q = params.band.num_q, num_k = params.band.num_k;
     const int scales_of_head = ceil_div(num_k, 1 << params.run_shift) * 4;
     const float* const key_scales =
         params.k_scales + head / params.heads_per_kv_head * scales_of_head + at.first_column / 2;
-    const float* const terms = params.key_term == nullptr ? nullptr : params.key_term + head * num_k;
-    const int block_row = first_query / params.block.q;
-    std::uint8_t* const marks = params.marks + (head * params.blocks_q() + block_row) * params.blocks_k();
     float query_scale[2], floor[2];
+    int seen_keys[2];
+    std::uint8_t* marks[2];  // of the rows' blocks
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const int query = min_of(first_query + at.row(h), num_q - 1);  // one past the end is masked
-      query_scale[h] = __fmul_rn(params.scale, params.q_scales[head * num_q + query]);
-      floor[h] = params.floor[head * num_q + query];
+      const int row = work.q_tile * kTile.q + first_row + at.row(h);
+      const std::int64_t place = head * num_rows + min_of(row, num_rows - 1);
+      query_scale[h] = __fmul_rn(params.scale, params.q_scales[place]);
+      floor[h] = params.floor[place];
+      const int query = row * params.query_stride;
+      seen_keys[h] = row < num_rows ? params.seen_keys(query) : 0;
+      marks[h] = params.marks + (head * params.blocks_q() + query / params.block.q) * params.blocks_k();
     }
 
-    for (bool last = false; !last;) {
-      const Announcement run = shared.k_ring.next(position.k);
-      last = run.last;
-      if (run.count > 0) {
-        const int first_key = run.first * kTile.k;
-        std::uint32_t sums[kScores];
-        wgmma::pin(sums);
-        wgmma::fence();
-        wgmma::multiply<std::int8_t, kHeadDim>(shared.q[position.q.stage].k_major(first_row),
-                                               shared.k[position.k.stage].k_major(), sums, false);
-        wgmma::commit();
-        float key_scale[kRuns];
+    const auto judge_tile = [&](int k_tile, Coverage run_coverage) {
+      const int first_key = k_tile * kTile.k;
+      float key_scale[kRuns];
 #pragma unroll
-        for (int i = 0; i < kRuns; ++i) {  // the last runs of a head may have no scale, and are masked then
-          key_scale[i] =
-              key_scales[min_of((first_key + 32 * i) >> params.run_shift, (num_k - 1) >> params.run_shift) * 4];
-        }
-        const auto judge_as = [&](auto coverage, auto with_term) {
-          KeptBits kept{{~0u, ~0u}};
-          if constexpr (coverage() == Coverage::kPartial) {
-            kept = kept_bits(params.band.tile_mask(work.q_tile, run.first, kTile, 0), first_row, at);
-          }
+      for (int i = 0; i < kRuns; ++i) {  // the last runs of a head may have no scale, and are masked then
+        key_scale[i] =
+            key_scales[min_of((first_key + 32 * i) >> params.run_shift, (num_k - 1) >> params.run_shift) * 4];
+      }
+      shared.k_ring.wait(position.k);
+      std::uint32_t sums[kScores];
+      wgmma::pin(sums);
+      wgmma::fence();
+      wgmma::multiply<std::int8_t, kHeadDim>(shared.q[position.q.stage].k_major(first_row),
+                                             shared.k[position.k.stage].k_major(), sums, false);
+      wgmma::commit();
+      wgmma::wait<0>();
+      wgmma::pin(sums);
+      const auto judge_as = [&](auto coverage, auto with_terms) {
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          const std::uint32_t kept =
+              coverage() == Coverage::kFull ? ~0u : lane_bits_below(seen_keys[h] - first_key, at.first_column);
           bool reached[kHalves] = {};
 #pragma unroll
           for (int i = 0; i < kRuns; ++i) {
-#pragma unroll
-            for (int h = 0; h < 2; ++h) {
-              const float scale = __fmul_rn(query_scale[h], key_scale[i]);
-              const std::uint32_t of_run = kept.row[h] >> (8 * i) & 0xffu;
-              bool& reached_here = reached[i / (kRuns / kHalves)];
-              if constexpr (with_term()) {
-                reached_here |= reaches(sums, i, h, of_run, scale, floor[h], terms, first_key + at.first_column, num_k);
-              } else {
-                reached_here |= reaches(sums, i, h, of_run, scale, floor[h]);
-              }
+            const Run of_run{sums, i, h, kept >> (8 * i) & 0xffu};
+            const float scale = __fmul_rn(query_scale[h], key_scale[i]);
+            bool& reached_here = reached[i / (kRuns / kHalves)];
+            if constexpr (with_terms()) {
+              const float* const terms = &shared.key_terms[position.k.stage].term[at.first_column];
+              reached_here |= of_run.reaches(scale, floor[h], terms);
+            } else {
+              reached_here |= of_run.reaches(scale, floor[h]);
             }
           }
-          mark(params, marks, first_key, reached);
-        };
-        wgmma::wait<0>();
-        wgmma::pin(sums);
-        with_coverage(run.coverage, [&](auto coverage) {
-          terms == nullptr ? judge_as(coverage, std::false_type{}) : judge_as(coverage, std::true_type{});
-        });
-      }
+          // Whoever marks a block writes the same.
+#pragma unroll
+          for (int half = 0; half < kHalves; ++half) {
+            if (reached[half]) {
+              marks[h][params.column_of(first_key + half * (kTile.k / kHalves))] = 1;
+            }
+          }
+        }
+      };
+      with_coverage(run_coverage, [&](auto coverage) {
+        params.terms.exist() ? judge_as(coverage, std::true_type{}) : judge_as(coverage, std::false_type{});
+      });
       shared.k_ring.release(position.k);
       position.k.advance();
+    };
+
+    for (Announcement run{}; !run.last;) {
+      run = shared.k_ring.next(position.k);
+      if (run.count == 0) {
+        shared.k_ring.release(position.k);
+        position.k.advance();
+      }
+      for (int k_tile = run.first; k_tile < run.first + run.count; ++k_tile) {
+        judge_tile(k_tile, run.coverage);
+      }
     }
   }
 
@@ -231,48 +266,42 @@ struct EstimateKernel {
     coverage == Coverage::kFull ? body(CoverageTag<Coverage::kFull>{}) : body(CoverageTag<Coverage::kPartial>{});
   }
 
-  // Column e of octet j, of row h.
-  static __device__ int product(const std::uint32_t (&sums)[kScores], int j, int h, int e) {
-    return static_cast<int>(sums[4 * j + 2 * h + e]);
-  }
+  // Eight products of a row h with a run of 32 keys, of which this thread holds columns 8 j + first_column and the
+  // next.
+  struct Run {
+    const std::uint32_t (&sums)[kScores];
+    int run, h;
+    std::uint32_t kept;  // a bit for each
 
-  // Does one of this thread's scores of a run reach the floor? They share a scale that is not negative, or NaN: the
-  // greatest product decides, whatever the rounding.
-  static __device__ bool reaches(const std::uint32_t (&sums)[kScores], int run, int h, std::uint32_t kept, float scale,
-                                 float floor) {
-    int greatest = INT_MIN;
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      const int sum = product(sums, 4 * run + i / 2, h, i % 2);
-      greatest = max_of(greatest, (kept >> i & 1) != 0 ? sum : INT_MIN);
-    }
-    return kept != 0 && !(__fmul_rn(scale, __int2float_rn(greatest)) < floor);
-  }
+    __device__ bool keeps(int i) const { return (kept >> i & 1) != 0; }
+    __device__ int product(int i) const { return static_cast<int>(sums[16 * run + i / 2 * 4 + 2 * h + i % 2]); }
 
-  // The same with a term of each key.
-  static __device__ bool reaches(const std::uint32_t (&sums)[kScores], int run, int h, std::uint32_t kept, float scale,
-                                 float floor, const float* terms, int first_key, int num_keys) {
-    bool reached = false;
+    // Does one of the scores reach the floor? They share a scale that is not negative, or NaN: the greatest product
+    // decides, whatever the rounding.
+    __device__ bool reaches(float scale, float floor) const {
+      int greatest = INT_MIN;
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      const int key = first_key + 8 * (4 * run + i / 2) + i % 2;
-      const float term = key < num_keys ? terms[key] : 0.f;
-      const float score = __fmaf_rn(scale, __int2float_rn(product(sums, 4 * run + i / 2, h, i % 2)), term);
-      reached |= (kept >> i & 1) != 0 && !(score < floor);
-    }
-    return reached;
-  }
-
-  // Marks the blocks in which a score of this warp reaches its floor. Whoever marks a block writes the same.
-  static __device__ void mark(const Params& params, std::uint8_t* marks, int first_key,
-                              const bool (&reached)[kHalves]) {
-#pragma unroll
-    for (int half = 0; half < kHalves; ++half) {
-      if (__any_sync(0xffffffffu, reached[half]) && threadIdx.x % 32 == 0) {
-        marks[params.column_of(first_key + half * (kTile.k / kHalves))] = 1;
+      for (int i = 0; i < 8; ++i) {
+        greatest = max_of(greatest, keeps(i) ? product(i) : INT_MIN);
       }
+      return kept != 0 && !(__fmul_rn(scale, __int2float_rn(greatest)) < floor);
     }
-  }
+
+    // The same with a term of each key, from this thread's first column on.
+    __device__ bool reaches(float scale, float floor, const float* terms) const {
+      float greatest = -kInfinity;
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const float2 term = *reinterpret_cast<const float2*>(&terms[32 * run + 8 * j]);
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          const float score = __fmaf_rn(scale, __int2float_rn(product(2 * j + e)), e == 0 ? term.x : term.y);
+          greatest = larger_or_nan(greatest, keeps(2 * j + e) ? score : -kInfinity);
+        }
+      }
+      return kept != 0 && !(greatest < floor);
+    }
+  };
 };
 
 template <int kIndex>
@@ -292,9 +321,7 @@ __global__ void __launch_bounds__(kListThreads) list_kernel(const __grid_constan
   }
   const int block_row = static_cast<int>(row % rows);
   const SinkAndWindow near = params.near(block_row);
-  const int last_query = min_of((block_row + 1) * params.block.q, params.band.num_q) - 1;
-  const int seen_keys =
-      min_of(last_query + params.band.num_k - params.band.num_q + params.band.right + 1, params.band.num_k);
+  const int seen_keys = params.seen_keys(min_of((block_row + 1) * params.block.q, params.num_q) - 1);
   const std::uint8_t* const marks = params.marks + row * width;
   std::int32_t* const indices = params.indices + row * width;
   int count = 0;

@@ -57,6 +57,7 @@ struct ForwardKernel {
   using Params = ForwardParams<Variant>;
   using QueryTile = SharedTile<Key, kTile.q, kHeadDim>;
   using KeyTile = SharedTile<Key, kTile.k, kHeadDim>;
+  using KeyTermTile = typename Operands::template KeyTermTile<kTile>;
   using ValueTile = typename Operands::template ValueTile<kTile, kHeadDim>;
   using Staging = SharedTile<typename Operands::Staged, kTile.q, kHeadDim>;  // of the output
 
@@ -73,27 +74,26 @@ struct ForwardKernel {
     }
   };
 
-  // A stage of queries. Where the output is as large, its rows take the place of the queries that a warpgroup is done
-  // with.
-  template <class Queries, class Output>
-  struct QueryStage {
-    Queries queries;
-    Output output;
-    __device__ Output& staging() { return output; }
-  };
-  template <class Queries>
-  struct QueryStage<Queries, Queries> {
-    Queries queries;
-    __device__ Queries& staging() { return queries; }
-  };
+  // The output's rows take the place of the queries that a warpgroup is done with, where they are as large.
+  static constexpr bool kStagedInQueries = std::is_same_v<Staging, QueryTile>;
 
   struct Shared {
-    QueryStage<QueryTile, Staging> q[kQueryStages];
+    QueryTile q[kQueryStages];
     KeyTile k[kStages];
     ValueTile v[kStages];
+    std::conditional_t<kStagedInQueries, Nothing, Staging> output;
+    KeyTermTile key_terms[kStages];
     Ring<kQueryStages, Work> q_ring;
     Ring<kStages, Announcement> k_ring;
     Ring<kStages> v_ring;
+
+    __device__ Staging& staging([[maybe_unused]] int q_stage) {
+      if constexpr (kStagedInQueries) {
+        return q[q_stage];
+      } else {
+        return output;
+      }
+    }
   };
 
   struct Positions {
@@ -105,16 +105,19 @@ struct ForwardKernel {
   struct Turns {
     static constexpr int kFirstBarrier = kWarpgroups;  // the ones before it are the epilogue's
     static constexpr int kThreads = 2 * kWarpgroupThreads;
-    int mine, next;
+    int mine;
 
-    __device__ explicit Turns(int warpgroup)
-        : mine(kFirstBarrier + warpgroup), next(kFirstBarrier + (warpgroup + 1) % kWarpgroups) {
+    __device__ explicit Turns(int warpgroup) : mine(kFirstBarrier + warpgroup) {
       if (warpgroup == kWarpgroups - 1) {
         pass();  // the first warpgroup goes first
       }
     }
     __device__ void wait() const { cutlass::arch::NamedBarrier::sync(kThreads, mine); }
-    __device__ void pass() const { cutlass::arch::NamedBarrier::arrive(kThreads, next); }
+    __device__ void pass() const {
+      int next;
+      asm volatile("add.s32 %0, %1, 1;" : "=r"(next) : "r"(mine));  // anew each time: registers are short
+      cutlass::arch::NamedBarrier::arrive(kThreads, next < kFirstBarrier + kWarpgroups ? next : kFirstBarrier);
+    }
     // Takes the permission that is left over, so that no barrier ends half full.
     __device__ void finish() const {
       if (mine == kFirstBarrier) {
@@ -155,7 +158,7 @@ struct ForwardKernel {
       const int kv_head = work.head / params.heads_per_kv_head;
       const auto query_origin = schedule.query_origin(work.q_tile, kTile);
       shared.q_ring.fill(position.q, QueryTile::kBytes, work, [&](Barrier& full) {
-        params.q.load(shared.q[position.q.stage].queries, query_origin, work.head, work.batch, full);
+        params.q.load(shared.q[position.q.stage], query_origin, work.head, work.batch, full);
       });
       position.q.advance();
 
@@ -183,8 +186,16 @@ struct ForwardKernel {
             }
             for (int k_tile = run.first; k_tile < run.first + run.count; ++k_tile) {
               const auto origin = schedule.key_origin(k_tile, kTile);  // found before there is a stage to wait for
-              shared.k_ring.fill(position.k, KeyTile::kBytes, run, [&](Barrier& full) {
+              int bytes = KeyTile::kBytes;
+              if constexpr (kQuantized) {
+                bytes += params.scales.terms.bytes(shared.key_terms[0], k_tile);
+              }
+              shared.k_ring.fill(position.k, bytes, run, [&](Barrier& full) {
                 params.k.load(shared.k[position.k.stage], origin, kv_head, work.batch, full);
+                if constexpr (kQuantized) {
+                  const std::int64_t row = std::int64_t{work.batch} * params.heads + work.head;
+                  params.scales.terms.load(shared.key_terms[position.k.stage], row, k_tile, full);
+                }
               });
               position.k.advance();
               load_values();
@@ -215,7 +226,7 @@ struct ForwardKernel {
     const Score score = params.score.at(work.head);
     const auto schedule = params.schedule.at(work.batch, work.head);
     const int first_row = warpgroup * kWarpgroupRows;
-    QueryTile& queries = shared.q[position.q.stage].queries;
+    QueryTile& queries = shared.q[position.q.stage];
     const auto token_of = [&](int row) { return schedule.query_token(work.q_tile * kTile.q + first_row + row); };
     const auto scales = [&] {
       if constexpr (kQuantized) {
@@ -250,27 +261,46 @@ struct ForwardKernel {
         return 1.f;
       }
     };
-    // Scores become weights; decay is what the output so far must be multiplied by.
+    // Scores become weights; decay is what the output so far must be multiplied by. The keys are handed back on the
+    // way.
     float decay[2];
     const auto absorb = [&](int k_tile, Coverage coverage, std::uint16_t cells, [[maybe_unused]] float key_scale) {
-      scores.convert();
-      auto& value = scores.value;
-      if (coverage == Coverage::kPartial) {
-        kept_bits(schedule.tile_mask(work.q_tile, k_tile, kTile, cells), first_row, at).apply(value, -kInfinity);
-      }
-      if constexpr (kQuantized) {
-        float scale[2];
-        scales.of_tile(k_tile, key_scale, value, scale);
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          decay[h] = score.absorb(state[h], out.row(value, h, scale[h]));
+      const auto mask = [&] {
+        if (coverage == Coverage::kPartial) {
+          kept_bits(schedule.tile_mask(work.q_tile, k_tile, kTile, cells), first_row, at)
+              .apply(scores.value, -kInfinity);
         }
-      } else if constexpr (std::is_empty_v<typename Score::State>) {
-        score.absorb(state[0], AccumulatorRow<kTile.k / 2, 2>{value});
-      } else {
+      };
+      if constexpr (kQuantized) {
+        float scale[2] = {scales.of_products(0, key_scale), scales.of_products(1, key_scale)};
+        const auto absorb_rows = [&](const auto& products) {
 #pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          decay[h] = score.absorb(state[h], AccumulatorRow<kTile.k / 2>{value, h});
+          for (int h = 0; h < 2; ++h) {
+            decay[h] = score.absorb(state[h], out.row(products, scores.value, h, scale[h]));
+          }
+        };
+        if (coverage == Coverage::kFull && !params.scales.terms.exist()) {
+          release(shared.k_ring, position.k);
+          absorb_rows(scores.sums());
+        } else {
+          scores.convert();
+          if (params.scales.terms.exist()) {
+            add_terms(scores.value, scale, shared.key_terms[position.k.stage], at);
+          }
+          release(shared.k_ring, position.k);
+          mask();
+          absorb_rows(scores.value);
+        }
+      } else {
+        release(shared.k_ring, position.k);
+        mask();
+        if constexpr (std::is_empty_v<typename Score::State>) {
+          score.absorb(state[0], AccumulatorRow<kTile.k / 2, 2>{scores.value});
+        } else {
+#pragma unroll
+          for (int h = 0; h < 2; ++h) {
+            decay[h] = score.absorb(state[h], AccumulatorRow<kTile.k / 2>{scores.value, h});
+          }
         }
       }
     };
@@ -285,7 +315,6 @@ struct ForwardKernel {
       turns.pass();
       wgmma::wait<0>();
       wgmma::pin(scores.sums());
-      release(shared.k_ring, position.k);
       absorb(run.first, run.coverage, run.cells, key_scale);
       out.take_weights(scores.value, state);
       ++run.first, --run.count;
@@ -300,18 +329,14 @@ struct ForwardKernel {
         turns.pass();
         wgmma::wait<1>();
         wgmma::pin(scores.sums());
-        release(shared.k_ring, position.k);
         absorb(k_tile, coverage(), cells, key_scale);
         wgmma::wait<0>();
         out.finish();
         release(shared.v_ring, position.v);
         out.take_weights(scores.value, state);
         if constexpr (Score::kRescales) {
-          if (__any_sync(0xffffffffu, decay[0] != 1.f || decay[1] != 1.f)) {  // seldom, as the policy sees to
-#pragma unroll
-            for (int i = 0; i < kHeadDim / 2; ++i) {
-              out.value[i] *= decay[i / 2 % 2];
-            }
+          if (__any_sync(0xffffffffu, decay[0] != 1.f || decay[1] != 1.f) || out.is_due()) {
+            out.rescale(decay);  // seldom, as the policy sees to
           }
         }
       };
@@ -331,7 +356,10 @@ struct ForwardKernel {
     }
 
     const RowResult rows[2] = {score.finish(state[0], sum_over_row), score.finish(state[1], sum_over_row)};
-    params.epilogue.store(out.value, rows, shared.q[position.q.stage].staging(), warpgroup, work.batch, work.head,
+    if constexpr (!kStagedInQueries) {
+      cutlass::arch::NamedBarrier::sync(kWarpgroupThreads, warpgroup);  // all have read the output of the tile before
+    }
+    params.epilogue.store(out.total(), rows, shared.staging(position.q.stage), warpgroup, work.batch, work.head,
                           token_of);
     publish_shared();  // the next queries are copied over what this thread has read
     shared.q_ring.release(position.q);

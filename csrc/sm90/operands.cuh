@@ -2,12 +2,15 @@
 // added up in, and what scales they come with.
 #pragma once
 
+#include <climits>
 #include <cstdint>
 #include <type_traits>
 
 #include "fastattn/fastattn.hpp"
 #include "fastattn/schedule/schedule.hpp"
 #include "sm90/accumulator.cuh"
+#include "sm90/key_terms.cuh"
+#include "sm90/ring.cuh"
 #include "sm90/shared_tile.cuh"
 #include "sm90/tma.cuh"
 #include "sm90/wgmma.cuh"
@@ -17,7 +20,9 @@ namespace fastattn::sm90 {
 template <class Operands, TileShape kTile, int kHeadDim>
 struct WideOutput;
 template <class Operands, TileShape kTile, int kHeadDim>
-struct PackedOutput;
+struct IntegerOutput;
+template <class Operands, TileShape kTile, int kHeadDim>
+struct Float8Output;
 
 // Queries, keys and values of one 16-bit type, as they are.
 template <class Element>
@@ -27,6 +32,8 @@ struct PlainOperands {
   using Weight = Element;
   using Staged = Element;  // what the epilogue stages
   struct Scales {};        // none
+  template <TileShape>
+  using KeyTermTile = Nothing;
 
   // Rows of keys: the product with the weights contracts along the tile's columns of rows.
   template <TileShape kTile, int kHeadDim>
@@ -39,44 +46,22 @@ struct PlainOperands {
 
 // Scales as a kernel takes them; see QuantizedAttention.
 struct QuantizedScales {
-  const float *q, *k, *key_term;
+  const float *q, *k;
+  KeyTerms terms;
   int seq_q, seq_k;
   float scale_log2;
 
-  // What this thread needs of one head: scales of its two rows, in units of log 2, and of its keys in each tile.
+  // Of two rows of this thread in one head: what their products with keys of scale 1 become scores in units of log 2
+  // by.
   struct Thread {
     float row[2];
-    const float *key, *term;
-    int num_keys, first_column;
+    const float* key;
 
     // Of a tile of 128 keys, which is a run of four groups.
     __device__ float of_keys(int k_tile) const { return key[4 * k_tile]; }
-
-    // What products of the tile become scores by. A term of the keys' is added here, and leaves nothing to multiply by.
-    template <int kCount>
-    __device__ void of_tile(int k_tile, float key_scale, float (&value)[kCount], float (&scale)[2]) const {
+    __device__ float of_products(int h, float key_scale) const {
       constexpr float kTiny = 0x1p-100f;  // not 0, which would make NaN of −∞
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        scale[h] = fused_multiply_add(row[h], key_scale, kTiny);
-      }
-      if (term == nullptr) {
-        return;
-      }
-      const int first = k_tile * kCount * 2 + first_column;
-#pragma unroll
-      for (int j = 0; j < kCount / 4; ++j) {
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          const int key = first + 8 * j + e;
-          const float of_key = key < num_keys ? term[key] * kLog2E : 0.f;
-#pragma unroll
-          for (int h = 0; h < 2; ++h) {
-            value[4 * j + 2 * h + e] = fused_multiply_add(value[4 * j + 2 * h + e], scale[h], of_key);
-          }
-        }
-      }
-      scale[0] = scale[1] = 1.f;
+      return fused_multiply_add(row[h], key_scale, kTiny);
     }
   };
 
@@ -89,9 +74,6 @@ struct QuantizedScales {
       result.row[h] = tokens[h] < 0 ? 0.f : q[row * seq_q + tokens[h]] * scale_log2;
     }
     result.key = k + kv_row * (ceil_div(seq_k, 4 * static_cast<int>(kKeyGroup)) * 4) + thread.first_column / 2;
-    result.term = key_term == nullptr ? nullptr : key_term + row * seq_k;
-    result.num_keys = seq_k;
-    result.first_column = thread.first_column;
     return result;
   }
 };
@@ -106,6 +88,8 @@ struct QuantizedOperands {
   static constexpr bool kTransposed = sizeof(Value) == 1;
   using Staged = std::conditional_t<kTransposed, BFloat16, Value>;  // or Float16, of the same size
   using Scales = QuantizedScales;
+  template <TileShape kTile>
+  using KeyTermTile = TermTile<kTile.k>;
 
   template <TileShape kTile, int kHeadDim>
   using ValueTile =
@@ -113,8 +97,10 @@ struct QuantizedOperands {
   template <class Origin>
   using ValueMap = std::conditional_t<kTransposed, TransposedMap, TensorMap<Origin>>;
   template <TileShape kTile, int kHeadDim>
-  using Output = std::conditional_t<kTransposed, PackedOutput<QuantizedOperands, kTile, kHeadDim>,
-                                    WideOutput<QuantizedOperands, kTile, kHeadDim>>;
+  using Output = std::conditional_t<
+      !kTransposed, WideOutput<QuantizedOperands, kTile, kHeadDim>,
+      std::conditional_t<std::is_same_v<Value, std::int8_t>, IntegerOutput<QuantizedOperands, kTile, kHeadDim>,
+                         Float8Output<QuantizedOperands, kTile, kHeadDim>>>;
 };
 
 template <class Operands>
@@ -141,54 +127,105 @@ struct Products<float, kCount> {
   __device__ float (&sums()) [kCount] { return value; } __device__ void convert() {}
 };
 
-// The row of the scores that a policy sees, of products that are to be multiplied by `scale`.
-template <int kCount>
+// A row of scores as a policy sees it: products times `scale`. Its weights go to `weight`, which may be the products'
+// place.
+template <class Product, int kCount>
 struct ScaledRow {
-  float (&value)[kCount];
+  const Product (&product)[kCount];
+  float (&weight)[kCount];
   int h;
   float scale;
 
   __device__ float max() const {
-    const float local = multiply_up(AccumulatorRow<kCount>{value, h}.local_max(), scale);
+    const float local = multiply_up(greatest(), scale);
     const float of_two = larger_or_nan(local, __shfl_xor_sync(0xffffffffu, local, 1));
     return larger_or_nan(of_two, __shfl_xor_sync(0xffffffffu, of_two, 2));
   }
 
   template <class Function>
   __device__ float apply(const Function& function) const {
-    return AccumulatorRow<kCount>{value, h}.apply(
-        [&function, scale = scale](float product) { return function(product * scale); });
+    return apply_to_pairs(function, [this](int j, const float (&pair)[2]) {
+      weight[4 * j + 2 * h] = pair[0];
+      weight[4 * j + 2 * h + 1] = pair[1];
+    });
+  }
+
+ protected:
+  // The sum of the function's values, which store(j, pair) takes.
+  template <class Function, class Store>
+  __device__ float apply_to_pairs(const Function& function, Store&& store) const {
+    float sum[2] = {};
+#pragma unroll
+    for (int j = 0; j < kCount / 4; ++j) {
+      float pair[2];
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        pair[e] = function(to_float(product[4 * j + 2 * h + e]) * scale);
+        sum[e] += pair[e];
+      }
+      store(j, pair);
+    }
+    return sum[0] + sum[1];
   }
 
  private:
-  static __device__ float larger_or_nan(float a, float b) {
-    float larger;
-    asm("max.NaN.f32 %0, %1, %2;" : "=f"(larger) : "f"(a), "f"(b));
-    return larger;
+  static __device__ float to_float(float product) { return product; }
+  static __device__ float to_float(std::uint32_t product) { return __int2float_rn(static_cast<int>(product)); }
+
+  // Of this thread's products. Three integers take one instruction, and one conversion will do.
+  __device__ float greatest() const {
+    if constexpr (std::is_same_v<Product, float>) {
+      return AccumulatorRow<kCount>{weight, h}.local_max();
+    } else {
+      int greatest[2] = {INT_MIN, INT_MIN};
+#pragma unroll
+      for (int j = 0; j < kCount / 4; ++j) {
+        const Product* const pair = &product[4 * j + 2 * h];
+        greatest[j % 2] = max_of(greatest[j % 2], max_of(static_cast<int>(pair[0]), static_cast<int>(pair[1])));
+      }
+      return __int2float_rn(max_of(greatest[0], greatest[1]));
+    }
   }
 };
 
 // The same, whose weights leave as pairs of 8 bits: their registers are free that much sooner.
-template <class Weight, int kCount>
-struct PackedRow : ScaledRow<kCount> {
+template <class Weight, class Product, int kCount>
+struct PackedRow : ScaledRow<Product, kCount> {
   std::uint32_t (&pairs)[kCount / 2];
 
   template <class Function>
-  __device__ float apply(const Function& function) const {
-    float sum[2] = {};  // of the weights before they are rounded
-#pragma unroll
-    for (int j = 0; j < kCount / 4; ++j) {
-      float weight[2];
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        weight[e] = function(this->value[4 * j + 2 * this->h + e] * this->scale);
-        sum[e] += weight[e];
-      }
-      pairs[2 * j + this->h] = DeviceElement<Weight>::pair(weight[0], weight[1]);
-    }
-    return sum[0] + sum[1];
+  __device__ float apply(const Function& function) const {  // the sum is of weights before they are rounded
+    return this->apply_to_pairs(function, [this](int j, const float (&pair)[2]) {
+      pairs[2 * j + this->h] = DeviceElement<Weight>::pair(pair[0], pair[1]);
+    });
   }
 };
+
+// Scales products and adds the terms of their columns, which leaves nothing to scale.
+template <int kCount, int kKeys>
+__device__ inline void add_terms(float (&product)[kCount], float (&scale)[2], const TermTile<kKeys>& tile,
+                                 AccumulatorThread at) {
+#pragma unroll
+  for (int j = 0; j < kCount / 4; ++j) {
+    const float2 terms = *reinterpret_cast<const float2*>(&tile.term[at.column(j)]);
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      float* const pair = &product[4 * j + 2 * h];
+      pair[0] = fused_multiply_add(pair[0], scale[h], terms.x * kLog2E);
+      pair[1] = fused_multiply_add(pair[1], scale[h], terms.y * kLog2E);
+    }
+  }
+  scale[0] = scale[1] = 1.f;
+}
+
+// Multiplies the rows of an accumulator.
+template <int kCount>
+__device__ inline void multiply_rows(float (&value)[kCount], const float (&factor)[2]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    value[i] *= factor[i / 2 % 2];
+  }
+}
 
 // The output of a query tile so far, and the weights that meet their values next. Here of 16 bits: their products are
 // added up in the output itself.
@@ -211,10 +248,14 @@ struct WideOutput {
     wgmma::pin(value);
     wgmma::pin(weights);
   }
-  // A row of scaled scores as a policy sees it.
-  template <int kCount>
-  __device__ ScaledRow<kCount> row(float (&scores)[kCount], int h, float scale) {
-    return {scores, h, scale};
+  // Multiplies what was added up so far. is_due(): it has to be called although there is nothing to multiply by.
+  static __device__ bool is_due() { return false; }
+  __device__ void rescale(const float (&decay)[2]) { multiply_rows(value, decay); }
+  // A row as a policy sees it, see ScaledRow.
+  template <class Product, int kCount>
+  __device__ ScaledRow<Product, kCount> row(const Product (&products)[kCount], float (&weights)[kCount], int h,
+                                            float scale) {
+    return {products, weights, h, scale};
   }
   // The policy's weights become an operand. None of its registers may be written while a product that reads the one
   // before is under way: to be called after finish().
@@ -222,51 +263,103 @@ struct WideOutput {
   __device__ void take_weights(const float (&scores)[kTile.k / 2], const State&) {
     pack<typename Operands::Weight>(scores, weights);
   }
+  __device__ auto& total() { return value; }
 };
 
-// The same with weights of 8 bits, which are relative to their tile: so are its products, until they are added to the
-// output with the tile's factor.
-template <class Operands, TileShape kTile, int kHeadDim>
-struct PackedOutput {
-  using Weight = typename Operands::Weight;
+// Weights of 8 bits, packed in two steps: pairs while scores are at hand, the operand once the product before is done.
+template <class Weight, int kKeys>
+struct PackedWeights {
+  std::uint32_t weights[kKeys / 8], pairs[kKeys / 4];
 
+  template <class Product, int kCount>
+  __device__ PackedRow<Weight, Product, kCount> row(const Product (&products)[kCount], float (&weights)[kCount], int h,
+                                                    float scale) {
+    return {{products, weights, h, scale}, pairs};
+  }
+  // Columns 16 i and 16 i + 8 of a row share a register, see token_in_slot().
+  __device__ void join() {
+#pragma unroll
+    for (int i = 0; i < kKeys / 16; ++i) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        weights[2 * i + h] = DeviceElement<Weight>::join(pairs[4 * i + h], pairs[4 * i + 2 + h]);
+      }
+    }
+  }
+};
+
+// The same with weights and values of 8-bit integers. Weights are relative to their tile: so are its products, until
+// they are added to the output with the tile's factor.
+template <class Operands, TileShape kTile, int kHeadDim>
+struct IntegerOutput : PackedWeights<typename Operands::Weight, kTile.k> {
   float value[kHeadDim / 2] = {};
-  Products<wgmma::Sum<typename Operands::Value>, kHeadDim / 2> products;
-  std::uint32_t weights[kTile.k / 8], pairs[kTile.k / 4];
+  std::uint32_t products[kHeadDim / 2];
   float factor[2];
 
   template <class Values>
   __device__ void issue(const Values& values) {
-    wgmma::pin(products.sums());
-    wgmma::pin(weights);
+    wgmma::pin(products);
+    wgmma::pin(this->weights);
     wgmma::fence();
-    wgmma::multiply<Weight, typename Operands::Value>(weights, values.k_major(), products.sums(), false);
+    wgmma::multiply<typename Operands::Weight, typename Operands::Value>(this->weights, values.k_major(), products,
+                                                                         false);
     wgmma::commit();
   }
   __device__ void finish() {
-    wgmma::pin(products.sums());
-    wgmma::pin(weights);
-    products.convert();
+    wgmma::pin(products);
+    wgmma::pin(this->weights);
 #pragma unroll
     for (int i = 0; i < kHeadDim / 2; ++i) {
-      value[i] = fused_multiply_add(products.value[i], factor[i / 2 % 2], value[i]);
+      value[i] = fused_multiply_add(__int2float_rn(static_cast<int>(products[i])), factor[i / 2 % 2], value[i]);
     }
   }
-  template <int kCount>
-  __device__ PackedRow<Weight, kCount> row(float (&scores)[kCount], int h, float scale) {
-    return {{scores, h, scale}, pairs};
-  }
-  // Columns 16 i and 16 i + 8 of a row share a register, see token_in_slot().
+  static __device__ bool is_due() { return false; }
+  __device__ void rescale(const float (&decay)[2]) { multiply_rows(value, decay); }
   template <class State>
   __device__ void take_weights(const float (&)[kTile.k / 2], const State (&state)[2]) {
+    this->join();
+    factor[0] = state[0].factor;
+    factor[1] = state[1].factor;
+  }
+  __device__ auto& total() { return value; }
+};
+
+// The same with e4m3. FP8 products are added up with 14 bits, and what falls off is always lost: an accumulator takes
+// those of a few tiles, then goes to the output.
+template <class Operands, TileShape kTile, int kHeadDim>
+struct Float8Output : PackedWeights<typename Operands::Weight, kTile.k> {
+  static constexpr int kTiles = 4;
+
+  float value[kHeadDim / 2] = {}, sums[kHeadDim / 2] = {};
+  int tiles = 0;  // since `sums` were 0; warps differ in it, so that it cannot tell whether products are to overwrite
+
+  template <class Values>
+  __device__ void issue(const Values& values) {
+    wgmma::pin(sums);
+    wgmma::pin(this->weights);
+    wgmma::fence();
+    wgmma::multiply<typename Operands::Weight, typename Operands::Value>(this->weights, values.k_major(), sums, true);
+    wgmma::commit();
+    ++tiles;
+  }
+  __device__ void finish() {
+    wgmma::pin(sums);
+    wgmma::pin(this->weights);
+  }
+  __device__ bool is_due() const { return tiles == kTiles; }
+  __device__ void rescale(const float (&decay)[2]) { multiply_rows(total(), decay); }
+  template <class State>
+  __device__ void take_weights(const float (&)[kTile.k / 2], const State (&)[2]) {
+    this->join();
+  }
+  __device__ auto& total() {
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-#pragma unroll
-      for (int i = 0; i < kTile.k / 16; ++i) {
-        weights[2 * i + h] = DeviceElement<Weight>::join(pairs[4 * i + h], pairs[4 * i + 2 + h]);
-      }
-      factor[h] = state[h].factor;
+    for (int i = 0; i < kHeadDim / 2; ++i) {
+      value[i] += sums[i];
+      sums[i] = 0.f;
     }
+    tiles = 0;
+    return value;
   }
 };
 

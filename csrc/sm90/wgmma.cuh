@@ -66,8 +66,15 @@ template <>
 struct DeviceElement<Float8E4M3> {
   using Mma = cutlass::float_e4m3_t;
   static __device__ std::uint32_t pair(float low, float high) {
-    std::uint16_t rounded;
-    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %2, %1;" : "=h"(rounded) : "f"(low), "f"(high));
+    std::uint32_t rounded;
+    asm("{\n"
+        ".reg .b16 pair, zero;\n"
+        "cvt.rn.satfinite.e4m3x2.f32 pair, %2, %1;\n"
+        "mov.b16 zero, 0;\n"
+        "mov.b32 %0, {pair, zero};\n"  // the conversion leaves it so, but the compiler does not know
+        "}"
+        : "=r"(rounded)
+        : "f"(low), "f"(high));
     return rounded;
   }
   static __device__ std::uint32_t join(std::uint32_t low, std::uint32_t high) { return __byte_perm(low, high, 0x5410); }

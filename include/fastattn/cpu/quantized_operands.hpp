@@ -119,14 +119,19 @@ struct QuantizedOperands {
 
     // In the order of the values' slots, and relative to the row's base.
     template <class State>
-    static void to_weights(const State& state, float* weights, int columns) {
+    void to_weights(const State& state, float* weights, int columns) const {
+      if (x_.weights == WeightFormat::kFloat32) {
+        return;
+      }
+      float factor = 1.f;
       if constexpr (requires { state.factor; }) {
-        for (int first = 0; first < columns; first += kSlots, weights += kSlots) {
-          float tokens[kSlots];
-          std::memcpy(tokens, weights, sizeof tokens);
-          for (int slot = 0; slot < kSlots; ++slot) {
-            weights[slot] = tokens[token_in_slot(slot)] * state.factor;
-          }
+        factor = state.factor;
+      }
+      for (int first = 0; first < columns; first += kSlots, weights += kSlots) {
+        float tokens[kSlots];
+        std::memcpy(tokens, weights, sizeof tokens);
+        for (int slot = 0; slot < kSlots; ++slot) {
+          weights[slot] = tokens[token_in_slot(slot)] * factor;
         }
       }
     }

@@ -1,6 +1,7 @@
 // Online softmax in base 2 (Online normalizer calculation for softmax, arXiv 1805.02867; FlashAttention, 2205.14135).
 #pragma once
 
+#include "fastattn/operand/low_bit.hpp"
 #include "fastattn/score/score.hpp"
 
 namespace fastattn {
@@ -10,7 +11,20 @@ struct One {
   constexpr operator float() const { return 1.f; }
 };
 
-template <class Scale>
+// How far a row's largest score may rise above its base before that follows, and what was summed is rescaled. Weights
+// up to 2^8 are as precise as those below 1 (FlashAttention-4's threshold): after a row's first tiles it seldom does.
+struct WideWeights {
+  static constexpr float kSlack = 8.f;
+  static constexpr float kBaseWeightLog2 = 0.f;  // of a score that equals the base
+};
+
+// Those that are rounded to e4m3: close behind the row, they keep three bits down to 2^-14 of its largest weight.
+struct Float8Weights {
+  static constexpr float kSlack = 2.f;
+  static constexpr float kBaseWeightLog2 = Float8E4M3::kLargestLog2 - kSlack;
+};
+
+template <class Scale, class Weights = WideWeights>
 struct SoftmaxBy {
   // The row so far: a score near its largest in units of log 2, and this lane's share of the sum of weights relative to
   // that. The product is kept, not the score: rounded anew for each tile, a base that stays would decay the row by an
@@ -18,9 +32,7 @@ struct SoftmaxBy {
   struct State {
     float base_log2 = -kInfinity, sum = 0.f;
   };
-  // How far the largest score may rise above the base before that follows, and what was summed is rescaled: weights up
-  // to 2^8 are as precise as those below 1 (FlashAttention-4's threshold). After a row's first tiles it seldom does.
-  static constexpr float kSlack = 8.f;
+  static constexpr float kSlack = Weights::kSlack, kBaseWeightLog2 = Weights::kBaseWeightLog2;
   static constexpr bool kRescales = true;
   static constexpr bool kRowStatistics = true;
   static constexpr bool kBiasGradient = false;
@@ -34,7 +46,7 @@ struct SoftmaxBy {
     const float base_log2 = max_log2 > state.base_log2 + kSlack ? max_log2 : state.base_log2;
     const float base = base_log2 == -kInfinity ? 0.f : base_log2;  // an empty row so far: keep −∞ − −∞ out
     const float decay = exp2(state.base_log2 - base);
-    const float sum = row.apply(weight(base));
+    const float sum = row.apply(weight(base - kBaseWeightLog2));
     state = {base_log2, state.sum * decay + sum};
     return decay;
   }
@@ -45,7 +57,7 @@ struct SoftmaxBy {
     if (sum == 0.f) {
       return {0.f, -kInfinity};
     }
-    return {1.f / sum, (state.base_log2 + log2(sum)) * kLn2};
+    return {1.f / sum, (state.base_log2 - kBaseWeightLog2 + log2(sum)) * kLn2};
   }
 
   template <class T>

@@ -186,8 +186,9 @@ def quantized_attention(
     Args:
         q, k, v: as numbers, that is dequantized; ``v`` in "int8" and "fp8" too, since its scales are of channels.
         keep: bool ``[seq_q, seq_k]``, or with any dimensions in front that expand to ``[batch, heads]``.
-        pv: "int8" rounds weights to 255ths of the greatest of their row in a tile of ``key_tile`` keys, "fp8" to e4m3
-            with that one at 448; anything else leaves them. Their sum is of the weights before.
+        pv: "int8" rounds weights to 255ths of the greatest of their row in a tile of ``key_tile`` keys. "fp8" rounds to
+            e4m3, with 448 at four times the row's base, which follows a tile's greatest weight once that is larger;
+            anything else leaves them. Their sum is of the weights before.
         v_mean: ``[batch, kv_heads, head_dim]``, what ``v`` lacks.
     """
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
@@ -196,15 +197,18 @@ def quantized_attention(
     scores = (scale * torch.einsum("bqhd,bkhd->bhqk", q, k)).masked_fill(~keep, -math.inf)
     lse = scores.logsumexp(-1)
     weights = torch.zeros_like(scores)
+    base = torch.full_like(scores[..., :1], -math.inf)
     for first in range(0, k.shape[1], key_tile):
         tile = scores[..., first : first + key_tile]
-        largest = tile.amax(-1, keepdim=True).clamp(min=torch.finfo(q.dtype).min)
-        weight = (tile - largest).exp()
+        largest = tile.amax(-1, keepdim=True)
+        base = torch.where(largest > base + math.log(4), largest, base)
+        origin = (base if pv == "fp8" else largest).clamp(min=torch.finfo(q.dtype).min)
+        weight = (tile - origin).exp()
         if pv == "int8":
             weight = (255 * weight).round() / 255
         elif pv == "fp8":
-            weight = (448 * weight).to(torch.float8_e4m3fn).to(q.dtype) / 448
-        share = torch.where(lse > -math.inf, (largest[..., 0] - lse).exp(), 0)
+            weight = (112 * weight).to(torch.float8_e4m3fn).to(q.dtype) / 112
+        share = torch.where(lse > -math.inf, (origin[..., 0] - lse).exp(), 0)
         weights[..., first : first + key_tile] = weight * share[..., None]
     out = torch.einsum("bhqk,bkhd->bqhd", weights, v)
     if v_mean is not None:
