@@ -243,11 +243,10 @@ def _problems(device: torch.device) -> list[Problem]:
             for dtype, head_dim, causal, seq in product(dtypes, head_dims, (False, True), lengths)
         ),
         _sigmoid(device, dtypes[0], 4096 if on_gpu else 2048, heads, head_dims[-1]),
-        # there is no kernel for the GPU yet
-        *([] if on_gpu else [_quantized(device, dtypes[0], 2048, heads, head_dims[-1])]),
+        _quantized(device, dtypes[0], 16384 if on_gpu else 2048, heads, head_dims[-1]),
         _blocks(device, dtypes[0], 8192 if on_gpu else 4096, heads, head_dims[-1]),
         _neighborhood(device, dtypes[0], (8, 32, 32) if on_gpu else (8, 16, 32), heads, head_dims[-1]),
-        *([] if on_gpu else [_estimated(device, dtypes[0], 8192, heads // 2, 128)]),
+        _estimated(device, dtypes[0], 32768 if on_gpu else 8192, heads // 2, 128),
     ]
 
 

@@ -101,7 +101,7 @@ def paro_attention(
     layer: ParoLayer,
     *,
     qk: Format | None = None,
-    pv: Values = "int8",
+    pv: Values = "bf16",
     scale: float | None = None,
 ) -> Tensor:
     r"""Attention over the blocks that a plan keeps, of tokens in the order that it gives each head.

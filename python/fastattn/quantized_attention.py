@@ -62,7 +62,7 @@ def quantized_attention(
     v: Tensor,
     *,
     qk: Format = "int8",
-    pv: Values = "int8",
+    pv: Values = "bf16",
     scale: float | None = None,
     causal: bool = False,
     window: tuple[int, int] | None = None,
@@ -75,18 +75,18 @@ def quantized_attention(
 
     Keys are smoothed first, their mean over the tokens taken away, which changes no weight (SageAttention, arXiv
     2410.02367); with ``qk="int4"`` queries are too, and what that takes from the scores is put back (SageAttention2,
-    arXiv 2411.10958). Each query has a scale, and 32 keys share one. Weights are rounded relative to the greatest of
-    their row in each tile of 128 keys, values relative to that of their channel. Values of int8 are smoothed as well,
-    and their mean is added to the output.
+    arXiv 2411.10958). Each query has a scale, and 32 keys share one. Values may be rounded too, relative to the
+    greatest of their channel, and the weights with them: for int8 relative to the greatest of their row in each tile of
+    128 keys. Values of int8 are smoothed as well, and their mean is added to the output.
 
     Args:
         q: ``[batch, seq_q, heads, head_dim]``, float32 (CPU only), float16 or bfloat16, any strides as long as the last
-            dimension is contiguous; ``head_dim`` a multiple of 8 up to 256 on the CPU, 64 or 128 on CUDA.
+            dimension is contiguous; ``head_dim`` a multiple of 8 up to 256 on the CPU, of 16 up to 128 on CUDA.
         k, v: ``[batch, seq_k, kv_heads, head_dim]``; ``heads`` is a multiple of ``kv_heads``.
         qk: what queries and keys are rounded to: "int8"; "int4", from -7 to 7, which is as fast as int8 and less
             precise; or "fp8", which is e4m3.
-        pv: what values are rounded to: "int8", with weights from 0 to 255; "fp8"; or "bf16": not at all, they and the
-            weights keep the dtype of ``v``.
+        pv: what values are rounded to: "bf16": not at all, they and the weights keep the dtype of ``v``; "fp8", which
+            is less precise and the fastest with very many tokens; or "int8", with weights from 0 to 255.
         scale: multiplies the scores, finite and positive; ``1 / sqrt(head_dim)`` if None.
         causal, window: as in ``attention``; without ``blocks``.
         blocks: compute these blocks only, see ``block_sparse_attention``.

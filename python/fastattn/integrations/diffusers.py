@@ -42,7 +42,7 @@ _Begin: TypeAlias = Callable[[_Run], _Attend | None]
 
 
 def apply_paro(
-    model: nn.Module, plan: ParoPlan, *, scheduler: Any = None, qk: Format | None = None, pv: Values = "int8"
+    model: nn.Module, plan: ParoPlan, *, scheduler: Any = None, qk: Format | None = None, pv: Values = "bf16"
 ) -> ExitStack:
     """Runs a model's self-attention by a plan, and leaves all else as it is.
 
