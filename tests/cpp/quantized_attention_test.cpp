@@ -128,7 +128,8 @@ struct Problem {
     return v.value(row * length + slot) * v.scales[row];
   }
 
-  // The formula of the design note in double, with each tile's weights rounded.
+  // The formula of the design note in double, with weights rounded: those for int8 relative to their tile's greatest,
+  // for e4m3 to the row's base.
   std::vector<double> expected() const {
     std::vector<double> out;
     const Band band = band_of(description);
@@ -146,17 +147,19 @@ struct Problem {
             scores.push_back(kept ? kScale * dot + key_term[(b * kShape.heads + h) * padded_tokens(kShape.seq_k) + j]
                                   : -HUGE_VAL);
           }
-          const double base = *std::ranges::max_element(scores);
+          const double greatest = *std::ranges::max_element(scores);
           std::vector<double> row(kShape.head_dim, 0.);
-          double sum = 0.;
+          double sum = 0., base = -HUGE_VAL;
           for (std::int64_t first = 0; first < kShape.seq_k; first += 128) {
             const std::int64_t end = std::min(first + 128, kShape.seq_k);
             const double of_tile = *std::max_element(scores.begin() + first, scores.begin() + end);
+            base = of_tile > base + std::log(4.) ? of_tile : base;
+            const double origin = description.v.dtype == DType::kFloat8 ? base : of_tile;
             for (std::int64_t j = first; j < end && of_tile > -HUGE_VAL; ++j) {
-              const double weight = std::exp(scores[j] - of_tile), factor = std::exp(of_tile - base);
+              const double weight = std::exp(scores[j] - origin), factor = std::exp(origin - greatest);
               const double rounded = description.v.dtype == DType::kInt8 ? std::nearbyint(255. * weight) / 255.
                                      : description.v.dtype == DType::kFloat8
-                                         ? to_float(from_float<Float8E4M3>(448.f * weight)) / 448.
+                                         ? to_float(from_float<Float8E4M3>(static_cast<float>(112. * weight))) / 112.
                                          : weight;
               sum += factor * weight;
               for (std::int64_t d = 0; d < kShape.head_dim; ++d) {

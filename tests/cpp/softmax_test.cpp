@@ -21,9 +21,10 @@ struct Result {
 };
 
 // The weights that the policy gives to `scores` when they come in tiles that end at `ends`.
+template <class Weights = WideWeights>
 Result softmax(const std::vector<float>& scores, const std::vector<int>& ends, float scale) {
-  const Softmax policy{scale * kLog2E};
-  Softmax::State state;
+  const SoftmaxBy<float, Weights> policy{scale * kLog2E};
+  typename SoftmaxBy<float, Weights>::State state;
   std::vector<float> weights = scores;
   int begin = 0;
   for (const int end : ends) {
@@ -85,6 +86,27 @@ const Test splits("softmax: splitting a row in any way gives the same", [] {
     }
     std::sort(ends.begin(), ends.end());
     check_near(softmax(scores, ends, 0.5f), softmax(scores, {count}, 0.5f), 0.f, "split");
+  }
+});
+
+const Test float8("softmax: weights for e4m3 fit it, and change nothing else", [] {
+  std::mt19937 random(7);
+  for (int round = 0; round < 500; ++round) {
+    const std::vector<float> scores = random_scores(random, 2 + round % 40);
+    const int count = static_cast<int>(scores.size()), middle = 1 + static_cast<int>(random() % (count - 1));
+    check_near(softmax<Float8Weights>(scores, {middle, count}, 1.f), softmax(scores, {count}, 1.f), 0.f, "split");
+
+    const SoftmaxBy<One, Float8Weights> policy;
+    SoftmaxBy<One, Float8Weights>::State state;
+    for (int begin = 0; begin < count; begin += middle) {
+      std::vector<float> tile(scores.begin() + begin, scores.begin() + std::min(begin + middle, count));
+      const float greatest = *std::ranges::max_element(tile);
+      const bool rises = greatest > state.base_log2 + Float8Weights::kSlack;
+      policy.absorb(state, PlainRow{tile.data(), static_cast<int>(tile.size())});
+      const float weight = *std::ranges::max_element(tile);
+      check(weight <= Float8E4M3::kLargest * 1.000001f, "no weight is above the largest");
+      check(!rises || std::abs(weight - 112.f) < 1e-3f, "a base that follows weighs a quarter of it");
+    }
   }
 });
 
