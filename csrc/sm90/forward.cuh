@@ -52,7 +52,6 @@ struct ForwardKernel {
 
   using Operands = typename Variant::Operands;
   using Key = typename Operands::Key;
-  static constexpr bool kQuantized = kIsQuantized<Operands>;  // products are to be scaled
   using Score = typename Variant::Score;
   using Params = ForwardParams<Variant>;
   using QueryTile = SharedTile<Key, kTile.q, kHeadDim>;
@@ -186,16 +185,12 @@ struct ForwardKernel {
             }
             for (int k_tile = run.first; k_tile < run.first + run.count; ++k_tile) {
               const auto origin = schedule.key_origin(k_tile, kTile);  // found before there is a stage to wait for
-              int bytes = KeyTile::kBytes;
-              if constexpr (kQuantized) {
-                bytes += params.scales.terms.bytes(shared.key_terms[0], k_tile);
-              }
+              KeyTermTile& key_terms = shared.key_terms[position.k.stage];
+              const int bytes = KeyTile::kBytes + params.scales.terms.bytes(key_terms, k_tile);
               shared.k_ring.fill(position.k, bytes, run, [&](Barrier& full) {
                 params.k.load(shared.k[position.k.stage], origin, kv_head, work.batch, full);
-                if constexpr (kQuantized) {
-                  const std::int64_t row = std::int64_t{work.batch} * params.heads + work.head;
-                  params.scales.terms.load(shared.key_terms[position.k.stage], row, k_tile, full);
-                }
+                const std::int64_t row = std::int64_t{work.batch} * params.heads + work.head;
+                params.scales.terms.load(key_terms, row, k_tile, full);
               });
               position.k.advance();
               load_values();
@@ -228,14 +223,7 @@ struct ForwardKernel {
     const int first_row = warpgroup * kWarpgroupRows;
     QueryTile& queries = shared.q[position.q.stage];
     const auto token_of = [&](int row) { return schedule.query_token(work.q_tile * kTile.q + first_row + row); };
-    const auto scales = [&] {
-      if constexpr (kQuantized) {
-        const int tokens[2] = {token_of(at.row(0)), token_of(at.row(1))};
-        return params.scales.at(work.batch, work.head, params.heads, params.heads_per_kv_head, tokens, at);
-      } else {
-        return Nothing{};
-      }
-    }();
+    const auto scales = params.scales.at(work.batch, work.head, params.heads, params.heads_per_kv_head, token_of, at);
 
     Products<wgmma::Sum<Key>, kTile.k / 2> scores;
     typename Operands::template Output<kTile, kHeadDim> out;
@@ -253,74 +241,38 @@ struct ForwardKernel {
       ring.release(at);
       at.advance();
     };
-    // What the keys of a tile are to be multiplied by; asked for before there is something to wait for.
-    const auto scale_of_keys = [&]([[maybe_unused]] int k_tile) {
-      if constexpr (kQuantized) {
-        return scales.of_keys(k_tile);
-      } else {
-        return 1.f;
-      }
-    };
     // Scores become weights; decay is what the output so far must be multiplied by. The keys are handed back on the
     // way.
     float decay[2];
-    const auto absorb = [&](int k_tile, Coverage coverage, std::uint16_t cells, [[maybe_unused]] float key_scale) {
-      const auto mask = [&] {
+    const auto absorb = [&](int k_tile, Coverage coverage, std::uint16_t cells, auto of_keys) {
+      const auto ready = [&] {
+        release(shared.k_ring, position.k);
         if (coverage == Coverage::kPartial) {
           kept_bits(schedule.tile_mask(work.q_tile, k_tile, kTile, cells), first_row, at)
               .apply(scores.value, -kInfinity);
         }
       };
-      if constexpr (kQuantized) {
-        float scale[2] = {scales.of_products(0, key_scale), scales.of_products(1, key_scale)};
-        const auto absorb_rows = [&](const auto& products) {
-#pragma unroll
-          for (int h = 0; h < 2; ++h) {
-            decay[h] = score.absorb(state[h], out.row(products, scores.value, h, scale[h]));
-          }
-        };
-        if (coverage == Coverage::kFull && !params.scales.terms.exist()) {
-          release(shared.k_ring, position.k);
-          absorb_rows(scores.sums());
-        } else {
-          scores.convert();
-          if (params.scales.terms.exist()) {
-            add_terms(scores.value, scale, shared.key_terms[position.k.stage], at);
-          }
-          release(shared.k_ring, position.k);
-          mask();
-          absorb_rows(scores.value);
-        }
-      } else {
-        release(shared.k_ring, position.k);
-        mask();
-        if constexpr (std::is_empty_v<typename Score::State>) {
-          score.absorb(state[0], AccumulatorRow<kTile.k / 2, 2>{scores.value});
-        } else {
-#pragma unroll
-          for (int h = 0; h < 2; ++h) {
-            decay[h] = score.absorb(state[h], AccumulatorRow<kTile.k / 2>{scores.value, h});
-          }
-        }
-      }
+      params.scales.template absorb_rows<std::is_empty_v<typename Score::State>>(
+          scales, of_keys, scores, out, shared.key_terms[position.k.stage], at, coverage == Coverage::kFull, ready,
+          [&](const auto& row, int h) { decay[h] = score.absorb(state[h], row); });
     };
 
     Announcement run = shared.k_ring.next(position.k);
     if (run.count == 0) {
       release(shared.k_ring, position.k);
     } else {
-      const float key_scale = scale_of_keys(run.first);
+      const auto of_keys = scales.of_keys(run.first);
       turns.wait();
       issue_scores();
       turns.pass();
       wgmma::wait<0>();
       wgmma::pin(scores.sums());
-      absorb(run.first, run.coverage, run.cells, key_scale);
+      absorb(run.first, run.coverage, run.cells, of_keys);
       out.take_weights(scores.value, state);
       ++run.first, --run.count;
 
       const auto step = [&](int k_tile, auto coverage, std::uint16_t cells) {
-        const float key_scale = scale_of_keys(k_tile);
+        const auto of_keys = scales.of_keys(k_tile);
         shared.k_ring.wait(position.k);
         turns.wait();
         issue_scores();
@@ -329,7 +281,7 @@ struct ForwardKernel {
         turns.pass();
         wgmma::wait<1>();
         wgmma::pin(scores.sums());
-        absorb(k_tile, coverage(), cells, key_scale);
+        absorb(k_tile, coverage(), cells, of_keys);
         wgmma::wait<0>();
         out.finish();
         release(shared.v_ring, position.v);

@@ -34,4 +34,14 @@ struct KeyTerms {
   }
 };
 
+// Operands without.
+struct NoTerms {
+  template <class Tile>
+  static __device__ int bytes(const Tile&, int) {
+    return 0;
+  }
+  template <class Tile>
+  static __device__ void load(Tile&, std::int64_t, int, Barrier&) {}
+};
+
 }  // namespace fastattn::sm90

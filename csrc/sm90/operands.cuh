@@ -31,9 +31,35 @@ struct PlainOperands {
   using Value = Element;
   using Weight = Element;
   using Staged = Element;  // what the epilogue stages
-  struct Scales {};        // none
   template <TileShape>
   using KeyTermTile = Nothing;
+
+  struct Scales {  // none
+    struct Head {
+      static __device__ Nothing of_keys(int) { return {}; }
+    };
+    NoTerms terms;
+
+    template <class TokenOf>
+    __device__ Head at(int, int, int, int, TokenOf&&, AccumulatorThread) const {
+      return {};
+    }
+    // Calls absorb(row, h) for rows h of the scores, or for both at once, after ready(). See QuantizedScales.
+    template <bool kBothRows, class Scores, class Output, class Ready, class Absorb>
+    __device__ void absorb_rows(Head, Nothing, Scores& scores, Output&, const Nothing&, AccumulatorThread, bool,
+                                Ready&& ready, Absorb&& absorb) const {
+      ready();
+      constexpr int kCount = sizeof(scores.value) / sizeof(float);
+      if constexpr (kBothRows) {
+        absorb(AccumulatorRow<kCount, 2>{scores.value}, 0);
+      } else {
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          absorb(AccumulatorRow<kCount>{scores.value, h}, h);
+        }
+      }
+    }
+  };
 
   // Rows of keys: the product with the weights contracts along the tile's columns of rows.
   template <TileShape kTile, int kHeadDim>
@@ -44,6 +70,23 @@ struct PlainOperands {
   using Output = WideOutput<PlainOperands, kTile, kHeadDim>;
 };
 
+// Scales products and adds the terms of their columns, which leaves nothing to scale.
+template <int kCount, int kKeys>
+__device__ inline void add_terms(float (&product)[kCount], float (&scale)[2], const TermTile<kKeys>& tile,
+                                 AccumulatorThread at) {
+#pragma unroll
+  for (int j = 0; j < kCount / 4; ++j) {
+    const float2 terms = *reinterpret_cast<const float2*>(&tile.term[at.column(j)]);
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      float* const pair = &product[4 * j + 2 * h];
+      pair[0] = fused_multiply_add(pair[0], scale[h], terms.x * kLog2E);
+      pair[1] = fused_multiply_add(pair[1], scale[h], terms.y * kLog2E);
+    }
+  }
+  scale[0] = scale[1] = 1.f;
+}
+
 // Scales as a kernel takes them; see QuantizedAttention.
 struct QuantizedScales {
   const float *q, *k;
@@ -51,30 +94,57 @@ struct QuantizedScales {
   int seq_q, seq_k;
   float scale_log2;
 
-  // Of two rows of this thread in one head: what their products with keys of scale 1 become scores in units of log 2
-  // by.
-  struct Thread {
+  // What a thread needs in one head: what products of its two rows with keys of scale 1 become scores in units of log 2
+  // by, and where its keys' scales are.
+  struct Head {
     float row[2];
     const float* key;
 
-    // Of a tile of 128 keys, which is a run of four groups.
+    // Of a tile of 128 keys, which is a run of four groups. To be asked for before there is something to wait for.
     __device__ float of_keys(int k_tile) const { return key[4 * k_tile]; }
-    __device__ float of_products(int h, float key_scale) const {
-      constexpr float kTiny = 0x1p-100f;  // not 0, which would make NaN of −∞
-      return fused_multiply_add(row[h], key_scale, kTiny);
-    }
   };
 
-  __device__ Thread at(int batch, int head, int heads, int heads_per_kv_head, const int (&tokens)[2],
-                       AccumulatorThread thread) const {
+  // token_of(row) is the query of a row of the warpgroup's, or −1.
+  template <class TokenOf>
+  __device__ Head at(int batch, int head, int heads, int heads_per_kv_head, TokenOf&& token_of,
+                     AccumulatorThread thread) const {
+    const int tokens[2] = {token_of(thread.row(0)), token_of(thread.row(1))};
     const std::int64_t row = std::int64_t{batch} * heads + head, kv_row = row / heads_per_kv_head;
-    Thread result;
+    Head result;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       result.row[h] = tokens[h] < 0 ? 0.f : q[row * seq_q + tokens[h]] * scale_log2;
     }
     result.key = k + kv_row * (ceil_div(seq_k, 4 * static_cast<int>(kKeyGroup)) * 4) + thread.first_column / 2;
     return result;
+  }
+
+  // Calls absorb(row, h) for both rows of the scores. ready() comes before, when nothing is needed any more of what
+  // came with the keys; it may mask the scores' values, unless they `are_whole`.
+  template <bool, class Scores, class Output, int kKeys, class Ready, class Absorb>
+  __device__ void absorb_rows(const Head& head, float key_scale, Scores& scores, Output& out,
+                              const TermTile<kKeys>& key_terms, AccumulatorThread at, bool are_whole, Ready&& ready,
+                              Absorb&& absorb) const {
+    constexpr float kTiny = 0x1p-100f;  // not 0, which would make NaN of −∞
+    float scale[2] = {fused_multiply_add(head.row[0], key_scale, kTiny),
+                      fused_multiply_add(head.row[1], key_scale, kTiny)};
+    const auto absorb_all = [&](const auto& products) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        absorb(out.row(products, scores.value, h, scale[h]), h);
+      }
+    };
+    if (are_whole && !terms.exist()) {
+      ready();
+      absorb_all(scores.sums());
+    } else {
+      scores.convert();
+      if (terms.exist()) {
+        add_terms(scores.value, scale, key_terms, at);
+      }
+      ready();
+      absorb_all(scores.value);
+    }
   }
 };
 
@@ -102,9 +172,6 @@ struct QuantizedOperands {
       std::conditional_t<std::is_same_v<Value, std::int8_t>, IntegerOutput<QuantizedOperands, kTile, kHeadDim>,
                          Float8Output<QuantizedOperands, kTile, kHeadDim>>>;
 };
-
-template <class Operands>
-inline constexpr bool kIsQuantized = !std::is_empty_v<typename Operands::Scales>;
 
 // The products of a tile's queries and keys, kCount a thread: sums() is what the tensor cores add up, `value` the same
 // as floats once convert() is done.
@@ -200,23 +267,6 @@ struct PackedRow : ScaledRow<Product, kCount> {
     });
   }
 };
-
-// Scales products and adds the terms of their columns, which leaves nothing to scale.
-template <int kCount, int kKeys>
-__device__ inline void add_terms(float (&product)[kCount], float (&scale)[2], const TermTile<kKeys>& tile,
-                                 AccumulatorThread at) {
-#pragma unroll
-  for (int j = 0; j < kCount / 4; ++j) {
-    const float2 terms = *reinterpret_cast<const float2*>(&tile.term[at.column(j)]);
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      float* const pair = &product[4 * j + 2 * h];
-      pair[0] = fused_multiply_add(pair[0], scale[h], terms.x * kLog2E);
-      pair[1] = fused_multiply_add(pair[1], scale[h], terms.y * kLog2E);
-    }
-  }
-  scale[0] = scale[1] = 1.f;
-}
 
 // Multiplies the rows of an accumulator.
 template <int kCount>
