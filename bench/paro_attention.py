@@ -2,7 +2,7 @@
 
 import re
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from typing import Any
 
 import torch
@@ -58,6 +58,7 @@ class VideoCase(Case):
     def k_tokens(self) -> tuple[int, ...]:
         return (self.seq,)
 
+    @cached_property
     def mask(self) -> Tensor:
         """Which blocks are kept, bool ``[heads, blocks, blocks]``."""
         blocks, first_text = -(-self.seq // BLOCK), (self.seq - self.text) // BLOCK
@@ -67,29 +68,30 @@ class VideoCase(Case):
             kept[:, first_text:], kept[:, :, first_text:] = True, True
         return kept
 
+    @cached_property
     def tokens(self) -> Tensor:
         """Those of each head in its order, ``[heads, seq]``."""
         orders = [token_order(ORDERS[head % len(ORDERS)], self.grid, self.text) for head in range(self.heads)]
         return torch.stack(orders)
 
     def layer(self, device: torch.device) -> ParoLayer:
-        tokens = self.tokens().to(device)
+        tokens = self.tokens.to(device)
         blocks = fastattn.BlockList.from_mask(
-            self.mask().to(device)[None], seq_q=self.seq, seq_k=self.seq, block_size=(BLOCK, BLOCK)
+            self.mask.to(device)[None], seq_q=self.seq, seq_k=self.seq, block_size=(BLOCK, BLOCK)
         )
         return ParoLayer(tokens, tokens.argsort(), blocks)
 
     @property
     def density(self) -> float:
         sizes = (self.seq - BLOCK * torch.arange(-(-self.seq // BLOCK))).clamp(max=BLOCK).double()
-        return float((self.mask().double() @ sizes @ sizes).mean()) / self.seq**2
+        return float((self.mask.double() @ sizes @ sizes).mean()) / self.seq**2
 
     def bound_speedup(self, device: torch.device) -> float | None:
-        return 1 / float(self.mask().double().mean())
+        return 1 / float(self.mask.double().mean())
 
     def keep(self, part: Part, device: torch.device) -> Tensor:
-        block = self.tokens().argsort()[part.heads] // BLOCK  # that each token is in
-        kept = self.mask()[part.heads]
+        block = self.tokens[part.heads].argsort() // BLOCK  # that each token is in
+        kept = self.mask[part.heads]
         return torch.stack([m[b[part.queries]][:, b] for m, b in zip(kept, block, strict=True)]).to(device)
 
     @property

@@ -33,6 +33,12 @@ tests() {
   run tests "$python" -m pytest -m gpu -p no:cacheprovider
 }
 
+# under_pytest OP TESTS: the op's GPU tests that match, under $tool
+under_pytest() {
+  run "$tool.$1" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --error-exitcode 9 \
+    --report-api-errors no "$python" -m pytest -m gpu -p no:cacheprovider "tests/test_$1.py" -k "$2"
+}
+
 # Small problems with ragged tiles: racecheck is slow, and errors sit at the edges.
 sanitizer() {
   local tool op mode dim target
@@ -46,10 +52,9 @@ sanitizer() {
         done
       done
     done
-    # No attention, so not in the program. Each tensor is an allocation of its own: memcheck sees where it ends.
-    run "$tool.quantize_tokens" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --error-exitcode 9 \
-      --report-api-errors no "$python" -m pytest -m gpu -p no:cacheprovider tests/test_quantize_tokens.py \
-      -k "bits_of_the_cpu or head_dims"
+    # No attentions, so not in the program. Each tensor is an allocation of its own: memcheck sees where it ends.
+    under_pytest quantize_tokens "bits_of_the_cpu or head_dims"
+    [[ $tool == racecheck ]] || under_pytest estimate_blocks "judges_the_same_queries" # torch has no kernels for racecheck
   done
 }
 
@@ -67,6 +72,7 @@ records() {
   # shellcheck disable=SC2086  # BENCH_ARGS is a list of words
   run records "$python" -m bench --device cuda --output "$out/results" ${BENCH_ARGS:-}
   run records.quantize_tokens "$python" -m bench.quantize_tokens --device cuda
+  run records.estimate_blocks "$python" -m bench.estimate_blocks --device cuda
 }
 
 ncu() {
