@@ -6,8 +6,6 @@
 // A second kernel makes lists of the marks.
 #pragma once
 
-#include <cutlass/arch/reg_reconfig.h>
-
 #include <climits>
 #include <cstdint>
 #include <type_traits>
@@ -15,6 +13,7 @@
 #include "fastattn/fastattn.hpp"
 #include "fastattn/schedule/sink_and_window.hpp"
 #include "sm90/accumulator.cuh"
+#include "sm90/block.cuh"
 #include "sm90/config.hpp"
 #include "sm90/key_terms.cuh"
 #include "sm90/ring.cuh"
@@ -91,23 +90,12 @@ struct EstimateKernel {
   static __device__ void run(const Params& params) {
     extern __shared__ std::byte shared_bytes[];
     Shared& shared = *reinterpret_cast<Shared*>(shared_bytes);
-    if (threadIdx.x == 0) {
-      shared.q_ring.init(kWarpgroups);
-      shared.k_ring.init(kWarpgroups);
-      cutlass::arch::fence_barrier_init();
-    }
-    __syncthreads();
-
-    const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / kWarpgroupThreads, 0);
-    if (warpgroup == 0) {
-      cutlass::arch::warpgroup_reg_dealloc<kConfig.producer_registers()>();
-      if (__shfl_sync(0xffffffffu, threadIdx.x / 32, 0) == 0) {
-        produce(params, shared);
-      }
-    } else {
-      cutlass::arch::warpgroup_reg_alloc<kConfig.consumer_registers()>();
-      consume(params, shared, warpgroup - 1);
-    }
+    divide_block<kConfig>(
+        [&] {
+          shared.q_ring.init(kWarpgroups);
+          shared.k_ring.init(kWarpgroups);
+        },
+        [&] { produce(params, shared); }, [&](int warpgroup) { consume(params, shared, warpgroup); });
   }
 
   // Reports the key tiles of a query tile, without those whose blocks are all listed anyway.

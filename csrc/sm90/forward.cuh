@@ -10,14 +10,13 @@
 // score policy of one runs under the products of the others (FlashAttention-3, arXiv 2407.08608).
 #pragma once
 
-#include <cutlass/arch/reg_reconfig.h>
-
 #include <cstdint>
 #include <type_traits>
 
 #include "fastattn/schedule/schedule.hpp"
 #include "fastattn/score/score.hpp"
 #include "sm90/accumulator.cuh"
+#include "sm90/block.cuh"
 #include "sm90/config.hpp"
 #include "sm90/operands.cuh"
 #include "sm90/ring.cuh"
@@ -128,24 +127,13 @@ struct ForwardKernel {
   static __device__ void run(const Params& params) {
     extern __shared__ std::byte shared_bytes[];
     Shared& shared = *reinterpret_cast<Shared*>(shared_bytes);
-    if (threadIdx.x == 0) {
-      shared.q_ring.init(kWarpgroups);
-      shared.k_ring.init(kWarpgroups);
-      shared.v_ring.init(kWarpgroups);
-      cutlass::arch::fence_barrier_init();
-    }
-    __syncthreads();
-
-    const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / kWarpgroupThreads, 0);
-    if (warpgroup == 0) {
-      cutlass::arch::warpgroup_reg_dealloc<kConfig.producer_registers()>();
-      if (__shfl_sync(0xffffffffu, threadIdx.x / 32, 0) == 0) {
-        produce(params, shared);
-      }
-    } else {
-      cutlass::arch::warpgroup_reg_alloc<kConfig.consumer_registers()>();
-      consume(params, shared, warpgroup - 1);
-    }
+    divide_block<kConfig>(
+        [&] {
+          shared.q_ring.init(kWarpgroups);
+          shared.k_ring.init(kWarpgroups);
+          shared.v_ring.init(kWarpgroups);
+        },
+        [&] { produce(params, shared); }, [&](int warpgroup) { consume(params, shared, warpgroup); });
   }
 
   static __device__ void produce(const Params& params, Shared& shared) {

@@ -1,0 +1,36 @@
+// How the warpgroups of a thread block divide their work.
+#pragma once
+
+#include <cutlass/arch/barrier.h>
+#include <cutlass/arch/reg_reconfig.h>
+
+#include "sm90/config.hpp"
+#include "sm90/shared_tile.cuh"
+
+namespace fastattn::sm90 {
+
+// The first warp of the first warpgroup produces: produce(). The others
+// consume: consume(warpgroup), numbered from 0, with the registers that the
+// first one has no use for. Before, one thread makes the barriers in shared
+// memory: init().
+template <Config kConfig, class Init, class Produce, class Consume>
+__device__ void divide_block(Init&& init, Produce&& produce, Consume&& consume) {
+  if (threadIdx.x == 0) {
+    init();
+    cutlass::arch::fence_barrier_init();
+  }
+  __syncthreads();
+
+  const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / kWarpgroupThreads, 0);
+  if (warpgroup == 0) {
+    cutlass::arch::warpgroup_reg_dealloc<kConfig.producer_registers()>();
+    if (__shfl_sync(0xffffffffu, threadIdx.x / 32, 0) == 0) {
+      produce();
+    }
+  } else {
+    cutlass::arch::warpgroup_reg_alloc<kConfig.consumer_registers()>();
+    consume(warpgroup - 1);
+  }
+}
+
+}  // namespace fastattn::sm90
