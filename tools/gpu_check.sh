@@ -33,7 +33,7 @@ tests() {
   run tests "$python" -m pytest -m gpu -p no:cacheprovider
 }
 
-# under_pytest OP TESTS: the op's GPU tests that match, under $tool
+# under_pytest FILE TESTS: the GPU tests of test_FILE.py that match, under $tool
 under_pytest() {
   run "$tool.$1" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --error-exitcode 9 \
     --report-api-errors no "$python" -m pytest -m gpu -p no:cacheprovider "tests/test_$1.py" -k "$2"
@@ -54,7 +54,7 @@ sanitizer() {
     done
     # No attentions, so not in the program. Each tensor is an allocation of its own: memcheck sees where it ends.
     under_pytest quantize_tokens "bits_of_the_cpu or head_dims"
-    [[ $tool == racecheck ]] || under_pytest estimate_blocks "judges_the_same_queries" # torch has no kernels for racecheck
+    [[ $tool == racecheck ]] || under_pytest estimate_blocks_gpu "judges_the_same_queries" # torch has no kernels for racecheck
   done
 }
 
