@@ -38,9 +38,15 @@ struct Float8Values : Tiles<4, 4> {
   static constexpr Score kScore{};
 };
 
+// Tiles of a list lie in its blocks; those of a band may be attention's.
+struct BandTiles : Tiles<3, 3> {
+  static constexpr sm90::Config kForward[] = {{.head_dim = 64, .tile = {192, 128}, .stages = 3, .warpgroups = 3},
+                                              Tiles<3, 3>::kForward[1]};
+};
+
 // Values as they are.
 template <class Key, class Value, class Schedule_>
-struct WideValues : Tiles<4, 3> {
+struct WideValues : std::conditional_t<std::is_same_v<Schedule_, Band>, BandTiles, Tiles<4, 3>> {
   using Schedule = Schedule_;
   using Score = SoftmaxBy<One>;
   using Operands = sm90::QuantizedOperands<Key, Value, Value>;

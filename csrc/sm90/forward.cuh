@@ -47,7 +47,7 @@ struct ForwardKernel {
   static constexpr int kStages = kConfig.stages;
   static constexpr int kQueryStages = 2;  // one in use, one on its way
   static constexpr int kWarpgroups = kConfig.warpgroups;
-  static_assert(kTile.q == kWarpgroups * kWarpgroupRows);
+  static_assert(kTile.q == kWarpgroups * kWarpgroupRows && kTile.k <= 256);  // 64 scores of a row in each lane
 
   using Operands = typename Variant::Operands;
   using Key = typename Operands::Key;
@@ -229,10 +229,8 @@ struct ForwardKernel {
       ring.release(at);
       at.advance();
     };
-    // Scores become weights; decay is what the output so far must be multiplied by. The keys are handed back on the
-    // way.
-    float decay[2];
-    const auto absorb = [&](int k_tile, Coverage coverage, std::uint16_t cells, auto of_keys) {
+    // Masks the scores and calls use(rows). The keys are handed back on the way.
+    const auto use_rows = [&](int k_tile, Coverage coverage, std::uint16_t cells, auto of_keys, auto&& use) {
       const auto ready = [&] {
         release(shared.k_ring, position.k);
         if (coverage == Coverage::kPartial) {
@@ -240,9 +238,20 @@ struct ForwardKernel {
               .apply(scores.value, -kInfinity);
         }
       };
-      params.scales.template absorb_rows<std::is_empty_v<typename Score::State>>(
-          scales, of_keys, scores, out, shared.key_terms[position.k.stage], at, coverage == Coverage::kFull, ready,
-          [&](const auto& row, int h) { decay[h] = score.absorb(state[h], row); });
+      params.scales.template use_rows<Score>(scales, of_keys, scores, out, shared.key_terms[position.k.stage], at,
+                                             coverage == Coverage::kFull, ready, use);
+    };
+    // Scores become weights; decay is what the output so far must be multiplied by.
+    float decay[2];
+    const auto absorb = [&](const auto& rows) {
+      rows.each([&](const auto& row, int h) { decay[h] = score.absorb(state[h], row); });
+    };
+    const auto take_weights = [&] { out.take_weights(scores.value, state); };
+    // The product of the last tile is done, and its weights' registers are free.
+    const auto finish_output = [&] {
+      wgmma::wait<0>();
+      out.finish();
+      release(shared.v_ring, position.v);
     };
 
     Announcement run = shared.k_ring.next(position.k);
@@ -255,8 +264,8 @@ struct ForwardKernel {
       turns.pass();
       wgmma::wait<0>();
       wgmma::pin(scores.sums());
-      absorb(run.first, run.coverage, run.cells, of_keys);
-      out.take_weights(scores.value, state);
+      use_rows(run.first, run.coverage, run.cells, of_keys, absorb);
+      take_weights();
       ++run.first, --run.count;
 
       const auto step = [&](int k_tile, auto coverage, std::uint16_t cells) {
@@ -269,14 +278,31 @@ struct ForwardKernel {
         turns.pass();
         wgmma::wait<1>();
         wgmma::pin(scores.sums());
-        absorb(k_tile, coverage(), cells, of_keys);
-        wgmma::wait<0>();
-        out.finish();
-        release(shared.v_ring, position.v);
-        out.take_weights(scores.value, state);
-        if constexpr (Score::kRescales) {
-          if (__any_sync(0xffffffffu, decay[0] != 1.f || decay[1] != 1.f) || out.is_due()) {
-            out.rescale(decay);  // seldom, as the policy sees to
+        if constexpr (Score::kOptimistic) {
+          use_rows(k_tile, coverage(), cells, of_keys, [&](const auto& rows) {
+            const auto original = scores;
+            float sum[2];
+            finish_output();
+            rows.each([&](const auto& row, int h) { sum[h] = score.weigh(state[h], row); });
+            take_weights();
+            if (__all_sync(0xffffffffu, score.is_near(sum[0]) && score.is_near(sum[1]))) {
+              score.add(state[0], sum[0]);
+              score.add(state[1], sum[1]);
+            } else {  // seldom: once more, with a look at the largest scores
+              scores = original;
+              absorb(rows);
+              take_weights();
+              out.rescale(decay);
+            }
+          });
+        } else {
+          use_rows(k_tile, coverage(), cells, of_keys, absorb);
+          finish_output();
+          take_weights();
+          if constexpr (Score::kRescales) {
+            if (__any_sync(0xffffffffu, decay[0] != 1.f || decay[1] != 1.f) || out.is_due()) {
+              out.rescale(decay);  // seldom, as the policy sees to
+            }
           }
         }
       };
@@ -290,9 +316,7 @@ struct ForwardKernel {
 
       shared.v_ring.wait(position.v);
       issue_output();
-      wgmma::wait<0>();
-      out.finish();
-      release(shared.v_ring, position.v);
+      finish_output();
     }
 
     const RowResult rows[2] = {score.finish(state[0], sum_over_row), score.finish(state[1], sum_over_row)};

@@ -24,6 +24,45 @@ struct IntegerOutput;
 template <class Operands, TileShape kTile, int kHeadDim>
 struct Float8Output;
 
+// This thread's rows of a tile's scores. each(visit) calls visit(row, h) for rows h, or once for both, where it is all
+// one to the policy which is which. The policy writes weights over the scores.
+template <int kCount, bool kBothAtOnce>
+struct PlainRows {
+  float (&scores)[kCount];
+
+  template <class Visit>
+  __device__ void each(Visit&& visit) const {
+    if constexpr (kBothAtOnce) {
+      visit(AccumulatorRow<kCount, 2>{scores}, 0);
+    } else {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        visit(AccumulatorRow<kCount>{scores, h}, h);
+      }
+    }
+  }
+};
+
+// The same where scores are products times their row's scale. They are seen as the output wants its weights.
+template <class Output, class Product, int kCount>
+struct ScaledRows {
+  Output& out;
+  const Product (&products)[kCount];
+  float (&weights)[kCount];
+  float scale[2];
+
+  template <class Visit>
+  __device__ void each(Visit&& visit) const {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      // Anew for each visit: scaled products that two had in common would be kept, instead of multiplied and added.
+      float own_scale = scale[h];
+      asm volatile("" : "+f"(own_scale));
+      visit(out.row(products, weights, h, own_scale), h);
+    }
+  }
+};
+
 // Queries, keys and values of one 16-bit type, as they are.
 template <class Element>
 struct PlainOperands {
@@ -44,20 +83,13 @@ struct PlainOperands {
     __device__ Head at(int, int, int, int, TokenOf&&, AccumulatorThread) const {
       return {};
     }
-    // Calls absorb(row, h) for rows h of the scores, or for both at once, after ready(). See QuantizedScales.
-    template <bool kBothRows, class Scores, class Output, class Ready, class Absorb>
-    __device__ void absorb_rows(Head, Nothing, Scores& scores, Output&, const Nothing&, AccumulatorThread, bool,
-                                Ready&& ready, Absorb&& absorb) const {
+    // Calls use(rows) after ready(). See QuantizedScales.
+    template <class Score, class Scores, class Output, class Ready, class Use>
+    __device__ void use_rows(Head, Nothing, Scores& scores, Output&, const Nothing&, AccumulatorThread, bool,
+                             Ready&& ready, Use&& use) const {
       ready();
       constexpr int kCount = sizeof(scores.value) / sizeof(float);
-      if constexpr (kBothRows) {
-        absorb(AccumulatorRow<kCount, 2>{scores.value}, 0);
-      } else {
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          absorb(AccumulatorRow<kCount>{scores.value, h}, h);
-        }
-      }
+      use(PlainRows<kCount, std::is_empty_v<typename Score::State>>{scores.value});
     }
   };
 
@@ -119,31 +151,29 @@ struct QuantizedScales {
     return result;
   }
 
-  // Calls absorb(row, h) for both rows of the scores. ready() comes before, when nothing is needed any more of what
-  // came with the keys; it may mask the scores' values, unless they `are_whole`.
-  template <bool, class Scores, class Output, int kKeys, class Ready, class Absorb>
-  __device__ void absorb_rows(const Head& head, float key_scale, Scores& scores, Output& out,
-                              const TermTile<kKeys>& key_terms, AccumulatorThread at, bool are_whole, Ready&& ready,
-                              Absorb&& absorb) const {
+  // Calls use(rows) for the rows of the scores. ready() comes before, when nothing is needed any more of what came with
+  // the keys; it may mask the scores' values, unless they `are_whole`. What an optimistic policy sees are these values,
+  // so that it can see them again.
+  template <class Score, class Scores, class Output, int kKeys, class Ready, class Use>
+  __device__ void use_rows(const Head& head, float key_scale, Scores& scores, Output& out,
+                           const TermTile<kKeys>& key_terms, AccumulatorThread at, bool are_whole, Ready&& ready,
+                           Use&& use) const {
     constexpr float kTiny = 0x1p-100f;  // not 0, which would make NaN of −∞
     float scale[2] = {fused_multiply_add(head.row[0], key_scale, kTiny),
                       fused_multiply_add(head.row[1], key_scale, kTiny)};
-    const auto absorb_all = [&](const auto& products) {
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        absorb(out.row(products, scores.value, h, scale[h]), h);
-      }
+    const auto rows_of = [&]<class Product, int kCount>(const Product(&products)[kCount]) {
+      return ScaledRows<Output, Product, kCount>{out, products, scores.value, {scale[0], scale[1]}};
     };
-    if (are_whole && !terms.exist()) {
+    if (!Score::kOptimistic && are_whole && !terms.exist()) {
       ready();
-      absorb_all(scores.sums());
+      use(rows_of(scores.sums()));
     } else {
       scores.convert();
       if (terms.exist()) {
         add_terms(scores.value, scale, key_terms, at);
       }
       ready();
-      absorb_all(scores.value);
+      use(rows_of(scores.value));
     }
   }
 };

@@ -13,7 +13,7 @@ using namespace fastattn;
 
 namespace {
 
-static_assert(ScorePolicy<Softmax, PlainRow>);
+static_assert(ScorePolicy<Softmax, PlainRow> && OptimisticPolicy<Softmax, PlainRow>);
 
 struct Result {
   std::vector<float> weights;
@@ -107,6 +107,54 @@ const Test float8("softmax: weights for e4m3 fit it, and change nothing else", [
       check(weight <= Float8E4M3::kLargest * 1.000001f, "no weight is above the largest");
       check(!rises || std::abs(weight - 112.f) < 1e-3f, "a base that follows weighs a quarter of it");
     }
+  }
+});
+
+const Test optimism("softmax: weights without a look at the largest score are those with one, or the base follows", [] {
+  std::mt19937 random(8);
+  const Softmax policy{1.f};
+  int near = 0;
+  for (int round = 0; round < 2000; ++round) {
+    std::vector<float> before = random_scores(random, 10), scores = random_scores(random, 1 + round % 64);
+    const float rise = static_cast<float>(random() % 300);
+    for (float& score : scores) {
+      score += round % 2 == 0 ? rise : rise / 64.f;
+    }
+    Softmax::State state;
+    policy.absorb(state, PlainRow{before.data(), 10});
+    const float base = state.base_log2;
+    Softmax::State optimistic = state;
+
+    std::vector<float> weights = scores;
+    const float sum = policy.weigh(optimistic, PlainRow{weights.data(), static_cast<int>(weights.size())});
+    const float decay = policy.absorb(state, PlainRow{scores.data(), static_cast<int>(scores.size())});
+    if (policy.is_near(sum)) {
+      ++near;
+      policy.add(optimistic, sum);
+      check(*std::ranges::max_element(weights) <= 1024.f, "no weight comes near float16's largest");
+      for (std::size_t i = 0; i < weights.size(); ++i) {
+        check(std::abs(weights[i] * decay - scores[i]) <= 2e-5f * scores[i], "the same weights");
+      }
+      const float lse = policy.finish(state, Identity{}).lse;
+      check(std::abs(policy.finish(optimistic, Identity{}).lse - lse) <= 2e-6f * (1.f + std::abs(lse)), "the same sum");
+    } else {
+      check(state.base_log2 > base + WideWeights::kSlack, "otherwise the base follows");
+    }
+  }
+  check(near > 500 && near < 1500, "both happen");
+});
+
+const Test unseen("softmax: a row that was empty so far is near masked scores alone", [] {
+  const Softmax policy{kLog2E};
+  const auto is_near = [&](float score) {
+    std::vector<float> scores{-kInfinity, score};
+    const bool near = policy.is_near(policy.weigh({}, PlainRow{scores.data(), 2}));
+    check(!near || (scores[0] == 0.f && scores[1] == 0.f), "masked scores weigh exactly 0");
+    return near;
+  };
+  check(is_near(-kInfinity), "all masked");
+  for (const float score : {0.f, -1e5f, 1e5f, -1e38f, 1e38f, kInfinity, std::nanf("")}) {
+    check(!is_near(score), "not near " + std::to_string(score));
   }
 });
 

@@ -44,9 +44,20 @@ struct RowResult {
 template <class P, class Row>
 concept ForwardPolicy = ScoreRow<Row> && requires(const P policy, typename P::State& state, Row row, int head) {
   { P::kRescales } -> std::convertible_to<bool>;                    // does absorbing a tile rescale the output so far?
+  { P::kOptimistic } -> std::convertible_to<bool>;                  // is it an OptimisticPolicy?
   { policy.at(head) } -> std::same_as<P>;                           // the policy of one head
   { policy.absorb(state, row) } -> std::same_as<float>;             // scores become weights; returns that factor
   { policy.finish(state, Identity{}) } -> std::same_as<RowResult>;  // with the reduction of a sum over the row's lanes
+};
+
+// One that seldom needs a row's largest score. Where its state is near what the row holds, weigh() makes weights of
+// scores as absorb() would, and returns this lane's share of their sum; add() absorbs that. Whether it was near, the
+// sums of all lanes tell. If any is not, the weights are of no use, and absorb() has to be asked.
+template <class P, class Row>
+concept OptimisticPolicy = ForwardPolicy<P, Row> && requires(const P policy, typename P::State& state, Row row) {
+  { policy.weigh(state, row) } -> std::same_as<float>;
+  { policy.is_near(0.f) } -> std::same_as<bool>;
+  policy.add(state, 0.f);
 };
 
 template <class P, class Row>

@@ -48,6 +48,7 @@ struct Logistic {
 struct Sigmoid {
   struct State {};
   static constexpr bool kRescales = false;
+  static constexpr bool kOptimistic = false;
   static constexpr bool kRowStatistics = false;
   static constexpr bool kBiasGradient = true;
 

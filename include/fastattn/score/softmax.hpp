@@ -1,6 +1,8 @@
 // Online softmax in base 2 (Online normalizer calculation for softmax, arXiv 1805.02867; FlashAttention, 2205.14135).
 #pragma once
 
+#include <limits>
+
 #include "fastattn/operand/low_bit.hpp"
 #include "fastattn/score/score.hpp"
 
@@ -12,16 +14,21 @@ struct One {
 };
 
 // How far a row's largest score may rise above its base before that follows, and what was summed is rescaled. Weights
-// up to 2^8 are as precise as those below 1 (FlashAttention-4's threshold): after a row's first tiles it seldom does.
+// above 1 are as precise as those below (FlashAttention-4 rescales as seldom).
 struct WideWeights {
-  static constexpr float kSlack = 8.f;
+  static constexpr float kSlack = 4.f;
   static constexpr float kBaseWeightLog2 = 0.f;  // of a score that equals the base
+  static constexpr bool kOptimistic = true;
+  // Of a lane's weights in a tile without a look at its largest score. If the sum of up to 64 is larger, one of them
+  // exceeds 2^kSlack, and the base follows.
+  static constexpr float kLargestSum = 64 * 16.f;
 };
 
 // Those that are rounded to e4m3: close behind the row, they keep three bits down to 2^-14 of its largest weight.
 struct Float8Weights {
   static constexpr float kSlack = 2.f;
   static constexpr float kBaseWeightLog2 = Float8E4M3::kLargestLog2 - kSlack;
+  static constexpr bool kOptimistic = false;
 };
 
 template <class Scale, class Weights = WideWeights>
@@ -30,10 +37,12 @@ struct SoftmaxBy {
   // that. The product is kept, not the score: rounded anew for each tile, a base that stays would decay the row by an
   // error of its own, and a thousand tiles by a thousand times that.
   struct State {
-    float base_log2 = -kInfinity, sum = 0.f;
+    // Of an empty row lower than any score but finite: masked scores minus it are −∞, all others far above 0.
+    float base_log2 = -std::numeric_limits<float>::max(), sum = 0.f;
   };
   static constexpr float kSlack = Weights::kSlack, kBaseWeightLog2 = Weights::kBaseWeightLog2;
   static constexpr bool kRescales = true;
+  static constexpr bool kOptimistic = Weights::kOptimistic;
   static constexpr bool kRowStatistics = true;
   static constexpr bool kBiasGradient = false;
 
@@ -44,12 +53,17 @@ struct SoftmaxBy {
   FASTATTN_HD float absorb(State& state, ScoreRow auto row) const {
     const float max_log2 = row.max() * scale_log2;
     const float base_log2 = max_log2 > state.base_log2 + kSlack ? max_log2 : state.base_log2;
-    const float base = base_log2 == -kInfinity ? 0.f : base_log2;  // an empty row so far: keep −∞ − −∞ out
-    const float decay = exp2(state.base_log2 - base);
-    const float sum = row.apply(weight(base - kBaseWeightLog2));
+    const float decay = exp2(state.base_log2 - base_log2);
+    const float sum = weigh({base_log2}, row);
     state = {base_log2, state.sum * decay + sum};
     return decay;
   }
+
+  FASTATTN_HD float weigh(const State& state, ScoreRow auto row) const {
+    return row.apply(weight(state.base_log2 - kBaseWeightLog2));
+  }
+  FASTATTN_HD bool is_near(float sum) const { return sum <= Weights::kLargestSum; }  // NaN is not
+  FASTATTN_HD void add(State& state, float sum) const { state.sum += sum; }
 
   template <class Reduce>
   FASTATTN_HD RowResult finish(State state, Reduce&& reduce) const {
