@@ -48,7 +48,7 @@ struct BandTiles : Tiles<3, 3> {
 template <class Key, class Value, class Schedule_>
 struct WideValues : std::conditional_t<std::is_same_v<Schedule_, Band>, BandTiles, Tiles<4, 3>> {
   using Schedule = Schedule_;
-  using Score = SoftmaxBy<One>;
+  using Score = SoftmaxBy<One, WeightsOf<Value>>;
   using Operands = sm90::QuantizedOperands<Key, Value, Value>;
   static constexpr Score kScore{};
 };

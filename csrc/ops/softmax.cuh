@@ -11,8 +11,8 @@ namespace fastattn {
 template <class Element_, class Schedule_>
 struct SoftmaxOver {
   using Schedule = Schedule_;
-  using Score = Softmax;
   using Element = Element_;
+  using Score = SoftmaxBy<float, WeightsOf<Element>>;
   using Operands = sm90::PlainOperands<Element>;
   using Epilogue = sm90::Output<Element, true>;
 };

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <limits>
+#include <type_traits>
 
 #include "fastattn/operand/low_bit.hpp"
 #include "fastattn/score/score.hpp"
@@ -20,9 +21,17 @@ struct WideWeights {
   static constexpr float kBaseWeightLog2 = 0.f;  // of a score that equals the base
   static constexpr bool kOptimistic = true;
   // Of a lane's weights in a tile without a look at its largest score. If the sum of up to 64 is larger, one of them
-  // exceeds 2^kSlack, and the base follows.
-  static constexpr float kLargestSum = 64 * 16.f;
+  // exceeds 2^kSlack, and the base follows. With the range of float32 and bfloat16 that is seldom, however far the
+  // largest scores lie above the others.
+  static constexpr float kLargestSum = 0x1p32f;
 };
+
+// Those that are rounded to float16, which holds no more than 65,504.
+struct Float16Weights : WideWeights {
+  static constexpr float kLargestSum = 0x1p15f;
+};
+template <class Element>
+using WeightsOf = std::conditional_t<std::is_same_v<Element, Float16>, Float16Weights, WideWeights>;
 
 // Those that are rounded to e4m3: close behind the row, they keep three bits down to 2^-14 of its largest weight.
 struct Float8Weights {
