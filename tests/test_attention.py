@@ -127,14 +127,15 @@ def test_large_scores_do_not_overflow(device, dtype) -> None:
     assert relative_error(out, exact) < (1e-3 if dtype == torch.float32 else 2e-2)
 
 
+@pytest.mark.parametrize(("head_dim", "causal"), [(64, False), (128, True)])
 @pytest.mark.parametrize("rise", [-300.0, -30.0, 1.0, 3.0, 5.0, 30.0, 300.0])
-def test_scores_that_drift_along_the_keys(rise: float, place) -> None:
+def test_scores_that_drift_along_the_keys(rise: float, head_dim: int, causal: bool, place) -> None:
     """The softmax's base lags behind the row's maximum (rises of less than 4 log 2 a tile) or must follow it.
 
     With 300 a tile's weights relative to the base of the one before would overflow float32.
     """
     device, dtype = place
-    case = Case(130, 1100, batch=1, scale=1.0)
+    case = Case(130, 1100, batch=1, scale=1.0, head_dim=head_dim, causal=causal)
     q, k, v = case.inputs(device, dtype)
     q, k = q / 8, k / 8
     q[..., 0], k[..., 0] = 1, (torch.arange(1100, device=device) * (rise / 128))[None, :, None]
