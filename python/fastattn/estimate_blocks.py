@@ -122,8 +122,9 @@ def selector(
             "estimate_blocks: window must be at least 1 where causal queries have a query_stride, got 0: "
             "no query would list the blocks that only queries in between see"
         )
-    # Keys less their mean lower all scores of a query alike, those of the mass too.
-    smooth_k = (k - k.mean(1, keepdim=True, dtype=torch.float32)).to(k.dtype)
+    # Keys less one vector lower all scores of a query alike, those of the mass too. So their mean may be rounded, and
+    # nothing as long as the keys is ever held in float32.
+    smooth_k = k - k.mean(1, keepdim=True, dtype=torch.float32).to(k.dtype)
     _, log_mass = block_sparse_attention(q, smooth_k, smooth_k, near, scale=factor, return_lse=True)
     q, log_mass = q[:, ::query_stride], log_mass[..., ::query_stride]
 
