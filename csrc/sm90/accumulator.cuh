@@ -62,18 +62,17 @@ __device__ inline auto apply_to_scores(Replace&& replace) {
   }
 }
 
-// A row of this thread as a score policy sees it (see fastattn/score/score.hpp): four lanes share it. With kRows = 2 it
-// is both rows of the thread, for a policy to which it is all one whose score it sees.
-template <int kCount, int kRows = 1>
+// A row of this thread as a score policy sees it (see fastattn/score/score.hpp): four lanes share it.
+template <int kCount>
 struct AccumulatorRow {
   float (&value)[kCount];
-  int h = 0;  // the row: 0 or 1, a constant once inlined
+  int h;  // the row: 0 or 1, a constant once inlined
 
-  static constexpr int kPairs = kCount * kRows / 4;
+  static constexpr int kPairs = kCount / 4;
   static constexpr int kChains = 2;  // independent dependency chains, to cover the latency of max and add
 
   // The first of two neighbouring scores.
-  __device__ float* pair(int j) const { return &value[kRows == 1 ? 4 * j + 2 * h : 2 * j]; }
+  __device__ float* pair(int j) const { return &value[4 * j + 2 * h]; }
 
   // Of what this thread holds.
   __device__ float local_max() const {
@@ -133,6 +132,51 @@ __device__ inline void pack(const float (&value)[kCount], std::uint32_t (&operan
     operand[i] = DeviceElement<Element>::pack(value[2 * i], value[2 * i + 1]);
   }
 }
+
+// This thread's scores of both rows, and the weights that they become, rounded, two in a register. For an
+// ElementwisePolicy.
+template <class Element, int kCount>
+struct RoundedRows {
+  const float (&score)[kCount];
+  std::uint32_t (&weights)[kCount / 2];
+
+  // function.shortcut(function.exponential(score)), and function(score) where that exponential is too large. Above 0,
+  // floats compare as integers: three take one instruction, and NaN is larger than any limit.
+  template <class Function>
+  __device__ void apply(const Function& function) const {
+    int largest = 0;
+#pragma unroll
+    for (int i = 0; i < kCount; i += 2) {
+      const float e[2] = {function.exponential(score[i]), function.exponential(score[i + 1])};
+      largest = max_of(largest, max_of(__float_as_int(e[0]), __float_as_int(e[1])));
+      weights[i / 2] = DeviceElement<Element>::pack(function.shortcut(e[0]), function.shortcut(e[1]));
+    }
+    if (__any_sync(0xffffffffu, largest > __float_as_int(Function::kLargest))) {
+      mend(function);
+    }
+  }
+
+ private:
+  // The weights of eight scores each, unless all are small.
+  template <class Function>
+  __device__ void mend(const Function& function) const {
+    constexpr int kGroup = 8;
+#pragma unroll
+    for (int i = 0; i < kCount; i += kGroup) {
+      bool are_small = true;
+#pragma unroll
+      for (int j = i; j < i + kGroup; ++j) {
+        are_small = are_small && function.is_small(score[j]);
+      }
+      if (!__all_sync(0xffffffffu, are_small)) {
+#pragma unroll
+        for (int j = i; j < i + kGroup; j += 2) {
+          weights[j / 2] = DeviceElement<Element>::pack(function(score[j]), function(score[j + 1]));
+        }
+      }
+    }
+  }
+};
 
 // Writes a packed accumulator to rows [first_row, first_row + 64) of a tile, four 8 × 8 matrices an instruction.
 template <class Tile, int kRegisters>

@@ -247,6 +247,12 @@ struct ForwardKernel {
       rows.each([&](const auto& row, int h) { decay[h] = score.absorb(state[h], row); });
     };
     const auto take_weights = [&] { out.take_weights(scores.value, state); };
+    // The same for a policy that needs nothing but the scores. To be called after finish_output().
+    const auto weigh_each = [&](auto) {
+      if constexpr (Score::kElementwise) {
+        score.weigh(RoundedRows<typename Operands::Weight, kTile.k / 2>{scores.value, out.weights});
+      }
+    };
     // The product of the last tile is done, and its weights' registers are free.
     const auto finish_output = [&] {
       wgmma::wait<0>();
@@ -264,8 +270,12 @@ struct ForwardKernel {
       turns.pass();
       wgmma::wait<0>();
       wgmma::pin(scores.sums());
-      use_rows(run.first, run.coverage, run.cells, of_keys, absorb);
-      take_weights();
+      if constexpr (Score::kElementwise) {
+        use_rows(run.first, run.coverage, run.cells, of_keys, weigh_each);
+      } else {
+        use_rows(run.first, run.coverage, run.cells, of_keys, absorb);
+        take_weights();
+      }
       ++run.first, --run.count;
 
       const auto step = [&](int k_tile, auto coverage, std::uint16_t cells) {
@@ -278,7 +288,12 @@ struct ForwardKernel {
         turns.pass();
         wgmma::wait<1>();
         wgmma::pin(scores.sums());
-        if constexpr (Score::kOptimistic) {
+        if constexpr (Score::kElementwise) {
+          use_rows(k_tile, coverage(), cells, of_keys, [&](const auto& rows) {
+            finish_output();
+            weigh_each(rows);
+          });
+        } else if constexpr (Score::kOptimistic) {
           use_rows(k_tile, coverage(), cells, of_keys, [&](const auto& rows) {
             const auto original = scores;
             float sum[2];
@@ -299,10 +314,8 @@ struct ForwardKernel {
           use_rows(k_tile, coverage(), cells, of_keys, absorb);
           finish_output();
           take_weights();
-          if constexpr (Score::kRescales) {
-            if (__any_sync(0xffffffffu, decay[0] != 1.f || decay[1] != 1.f) || out.is_due()) {
-              out.rescale(decay);  // seldom, as the policy sees to
-            }
+          if (__any_sync(0xffffffffu, decay[0] != 1.f || decay[1] != 1.f) || out.is_due()) {
+            out.rescale(decay);  // seldom, as the policy sees to
           }
         }
       };

@@ -24,21 +24,17 @@ struct IntegerOutput;
 template <class Operands, TileShape kTile, int kHeadDim>
 struct Float8Output;
 
-// This thread's rows of a tile's scores. each(visit) calls visit(row, h) for rows h, or once for both, where it is all
-// one to the policy which is which. The policy writes weights over the scores.
-template <int kCount, bool kBothAtOnce>
+// This thread's rows of a tile's scores: each(visit) calls visit(row, h) for rows h. The policy writes weights over the
+// scores.
+template <int kCount>
 struct PlainRows {
   float (&scores)[kCount];
 
   template <class Visit>
   __device__ void each(Visit&& visit) const {
-    if constexpr (kBothAtOnce) {
-      visit(AccumulatorRow<kCount, 2>{scores}, 0);
-    } else {
 #pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        visit(AccumulatorRow<kCount>{scores, h}, h);
-      }
+    for (int h = 0; h < 2; ++h) {
+      visit(AccumulatorRow<kCount>{scores, h}, h);
     }
   }
 };
@@ -89,7 +85,7 @@ struct PlainOperands {
                              Ready&& ready, Use&& use) const {
       ready();
       constexpr int kCount = sizeof(scores.value) / sizeof(float);
-      use(PlainRows<kCount, std::is_empty_v<typename Score::State>>{scores.value});
+      use(PlainRows<kCount>{scores.value});
     }
   };
 

@@ -55,6 +55,32 @@ const Test shortcut("sigmoid: the shortcut holds wherever the argument is negati
   check(relative_error(weight.shortcut(0.f), -4. / kLog2E) < 7e-4, "but rounding x to it does no harm");
 });
 
+const Test forward(
+    "sigmoid: the forward's weights are the same in another unit, and its shortcut is right for small ones", [] {
+      const ForwardLogistic weight{0.5f, -3.f};
+      double excess = -1.;
+      for (double score = -200.; score < 20.; score += 1. / 64.) {
+        const auto rounded = static_cast<float>(score);
+        const double x = (0.5 * score - 3.) / kLog2E, exact = 1. / (1. + std::exp(-x));
+        const double general = weight(rounded) / ForwardLogistic::kUnit;
+        excess = std::max(excess, std::abs(general - exact) / exact - (std::min(3.6e-4, 0.0113 * exact) + 3e-6));
+        check(weight.is_small(rounded) == (score < -2.), "x = -4 is where small ones end");
+        const float e = weight.exponential(rounded);
+        if (weight.is_small(rounded)) {
+          check(e <= ForwardLogistic::kLargest, "its exponential");
+          const double error = std::abs((e - double{e} * e) / ForwardLogistic::kUnit - exact) / exact;
+          excess = std::max(excess, error - (std::min(6.4e-4, 0.05 * exact) + 3e-6));  // and the rounding of x
+        } else {
+          check(e >= ForwardLogistic::kLargest * (1.f - 1e-6f), "no other has one so small");
+        }
+      }
+      check(excess <= 0., std::to_string(excess) + " too much");
+      check(weight.exponential(-kInfinity) == 0.f && weight(-kInfinity) == 0.f, "a masked score weighs exactly 0");
+      check(!weight.is_small(std::nanf("")) && std::isnan(weight(std::nanf(""))), "NaN stays");
+      check(std::abs(ForwardLogistic::kUnit - std::exp2(double{ForwardLogistic::kUnitLog2})) < 1e-7,
+            "the unit's logarithm");
+    });
+
 const Test general("sigmoid: the general form is the weight", [] {
   const Logistic weight{0.5f, -3.f};
   for (double score = -100.; score <= 100.; score += 1. / 16.) {

@@ -5,6 +5,7 @@
 #pragma once
 
 #include <concepts>
+#include <type_traits>
 
 #include "fastattn/portable.hpp"
 
@@ -45,6 +46,7 @@ template <class P, class Row>
 concept ForwardPolicy = ScoreRow<Row> && requires(const P policy, typename P::State& state, Row row, int head) {
   { P::kRescales } -> std::convertible_to<bool>;                    // does absorbing a tile rescale the output so far?
   { P::kOptimistic } -> std::convertible_to<bool>;                  // is it an OptimisticPolicy?
+  { P::kElementwise } -> std::convertible_to<bool>;                 // or an ElementwisePolicy?
   { policy.at(head) } -> std::same_as<P>;                           // the policy of one head
   { policy.absorb(state, row) } -> std::same_as<float>;             // scores become weights; returns that factor
   { policy.finish(state, Identity{}) } -> std::same_as<RowResult>;  // with the reduction of a sum over the row's lanes
@@ -59,6 +61,13 @@ concept OptimisticPolicy = ForwardPolicy<P, Row> && requires(const P policy, typ
   { policy.is_near(0.f) } -> std::same_as<bool>;
   policy.add(state, 0.f);
 };
+
+// One whose weights depend on nothing but their own scores: weigh() makes them of all rows that a processor holds, as
+// absorb() would. The rows' apply(f) puts f.shortcut(f.exponential(score)) in the place of each score, and f(score)
+// where that exponential is above f.kLargest, as it is for no score that f.is_small().
+template <class P, class Rows>
+concept ElementwisePolicy =
+    std::is_empty_v<typename P::State> && requires(const P policy, Rows rows) { policy.weigh(rows); };
 
 template <class P, class Row>
 concept ScorePolicy = ForwardPolicy<P, Row> && requires(const P policy, float x) {

@@ -45,9 +45,25 @@ struct Logistic {
   }
 };
 
+// The forward's weights are kUnit times as large, and its output is divided by that: with E = kUnit · e the shortcut
+// e (1 − kUnit · e) is then E − E², one multiply-add. It holds for small scores.
+struct ForwardLogistic {
+  static constexpr float kUnit = 0.95077f, kUnitLog2 = -0.0728317f, kLargest = kUnit / 16.f;
+  float scale, bias;
+
+  template <class T>
+  FASTATTN_HD T operator()(T score) const {
+    return logistic2(score * scale + bias) * kUnit;
+  }
+  FASTATTN_HD float exponential(float score) const { return exp2(score * scale + (bias + kUnitLog2)); }
+  FASTATTN_HD float shortcut(float e) const { return fused_multiply_add(-e, e, e); }
+  FASTATTN_HD bool is_small(float score) const { return score * scale + bias < -4.f; }  // E < kLargest; NaN is not
+};
+
 struct Sigmoid {
   struct State {};
   static constexpr bool kRescales = false;
+  static constexpr bool kElementwise = true;
   static constexpr bool kOptimistic = false;
   static constexpr bool kRowStatistics = false;
   static constexpr bool kBiasGradient = true;
@@ -60,13 +76,15 @@ struct Sigmoid {
   }
 
   FASTATTN_HD float absorb(State&, ScoreRow auto row) const {
-    row.apply(weight(0.f));
+    row.apply(ForwardLogistic{scale_log2, bias_log2});
     return 1.f;
   }
 
+  FASTATTN_HD void weigh(auto row) const { row.apply(ForwardLogistic{scale_log2, bias_log2}); }
+
   template <class Reduce>
   FASTATTN_HD RowResult finish(State, Reduce&&) const {
-    return {1.f, 0.f};
+    return {1.f / ForwardLogistic::kUnit, 0.f};
   }
 
   template <class T>

@@ -51,6 +51,7 @@ struct SoftmaxBy {
   };
   static constexpr float kSlack = Weights::kSlack, kBaseWeightLog2 = Weights::kBaseWeightLog2;
   static constexpr bool kRescales = true;
+  static constexpr bool kElementwise = false;
   static constexpr bool kOptimistic = Weights::kOptimistic;
   static constexpr bool kRowStatistics = true;
   static constexpr bool kBiasGradient = false;

@@ -16,6 +16,7 @@ struct TileSoftmax {
   // output is rescaled.
   static constexpr float kSlack = 8.f;
   static constexpr bool kRescales = true;
+  static constexpr bool kElementwise = false;
   static constexpr bool kOptimistic = false;
 
   float top_log2;
