@@ -53,7 +53,7 @@ sanitizer() {
       done
     done
     # No attentions, so not in the program. Each tensor is an allocation of its own: memcheck sees where it ends.
-    under_pytest quantize_tokens "bits_of_the_cpu or head_dims"
+    under_pytest quantize_tokens_gpu "bits_of_the_cpu or head_dims"
     [[ $tool == racecheck ]] || under_pytest estimate_blocks_gpu "judges_the_same_queries" # torch has no kernels for racecheck
   done
 }
