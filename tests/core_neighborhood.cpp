@@ -32,7 +32,7 @@ nb::class_<NeighborhoodSchedule<kTransposed>> bind_schedule(nb::module_& m, cons
       .def_ro("num_k", &Schedule::num_k)
       .def("tile_shape", [](const Schedule& s) { return std::tuple{s.tile_shape().q, s.tile_shape().k}; })
       .def("keeps", &Schedule::keeps)
-      .def("query_token", &Schedule::query_token)
+      .def("query_token", nb::overload_cast<int>(&Schedule::query_token, nb::const_))
       .def("key_token", &Schedule::key_token)
       .def("query_origin",
            [](const Schedule& s, int tile) { return std::to_array(s.query_origin(tile, s.tile_shape()).at); })

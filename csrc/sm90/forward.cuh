@@ -210,7 +210,7 @@ struct ForwardKernel {
     const auto schedule = params.schedule.at(work.batch, work.head);
     const int first_row = warpgroup * kWarpgroupRows;
     QueryTile& queries = shared.q[position.q.stage];
-    const auto token_of = [&](int row) { return schedule.query_token(work.q_tile * kTile.q + first_row + row); };
+    const auto token_of = [&](int row) { return schedule.query_token(work.q_tile, first_row + row, kTile); };
     const auto scales = params.scales.at(work.batch, work.head, params.heads, params.heads_per_kv_head, token_of, at);
 
     Products<wgmma::Sum<Key>, kTile.k / 2> scores;

@@ -113,6 +113,11 @@ void check_mask(const Case& c) {
   };
   check_slots([&](int slot) { return schedule.query_token(slot); }, schedule.num_q);
   check_slots([&](int slot) { return schedule.key_token(slot); }, schedule.num_k);
+  const TileShape shape = schedule.tile_shape();
+  for (int slot = 0; slot < schedule.num_q; ++slot) {
+    check(schedule.query_token(slot / shape.q, slot % shape.q, shape) == schedule.query_token(slot),
+          "slot " + std::to_string(slot) + " by its tile and row, of " + describe(c));
+  }
   for (int q = -1; q <= schedule.num_q; ++q) {
     const int query = schedule.query_token(q);
     for (int k = -1; k <= schedule.num_k; ++k) {

@@ -56,6 +56,9 @@ struct Band {
   }
 
   FASTATTN_HD constexpr int query_token(int slot) const { return slot < num_q ? slot : -1; }
+  FASTATTN_HD constexpr int query_token(int q_tile, int row, TileShape shape) const {
+    return query_token(q_tile * shape.q + row);
+  }
   FASTATTN_HD constexpr int key_token(int slot) const { return slot < num_k ? slot : -1; }
   FASTATTN_HD constexpr int query_origin(int q_tile, TileShape shape) const { return q_tile * shape.q; }
   FASTATTN_HD constexpr int key_origin(int k_tile, TileShape shape) const { return k_tile * shape.k; }

@@ -298,6 +298,10 @@ struct NeighborhoodSchedule {
 
   // Row-major index of a slot's token, −1 for padding.
   FASTATTN_HD constexpr int query_token(int slot) const { return token(q_tiling, slot, num_q); }
+  FASTATTN_HD constexpr int query_token(int q_tile, int row, TileShape) const {
+    return token_at(
+        advance(place_of_tile(q_tiling, q_tile), position_in_box(q_tiling.extent(), static_cast<unsigned>(row))));
+  }
   FASTATTN_HD constexpr int key_token(int slot) const { return token(k_tiling, slot, num_k); }
 
   FASTATTN_HD constexpr SlotPlace query_place(int slot) const { return place(q_tiling, slot); }
@@ -392,10 +396,11 @@ struct NeighborhoodSchedule {
 
   template <class Box>
   FASTATTN_HD constexpr int token(const BoxTiling<Box>& tiling, int slot, int num_slots) const {
-    if (slot < 0 || slot >= num_slots) {
-      return -1;
-    }
-    const PerAxis<int> at = coordinates(place(tiling, slot));
+    return slot < 0 || slot >= num_slots ? -1 : token_at(place(tiling, slot));
+  }
+
+  FASTATTN_HD constexpr int token_at(const SlotPlace& place) const {
+    const PerAxis<int> at = coordinates(place);
     const bool exists = at[0] < axes[0].length && at[1] < axes[1].length && at[2] < axes[2].length;
     return exists ? (at[0] * axes[1].length + at[1]) * axes[2].length + at[2] : -1;
   }

@@ -86,7 +86,8 @@ concept TileSchedule =
       // keys.
       { schedule.tile_mask(q, k, shape, cells).row(q).keeps(k) } -> std::same_as<bool>;
       { schedule.tile_mask(q, k, shape, cells).row(q).lane_bits(k) } -> std::same_as<std::uint32_t>;
-      { schedule.query_token(q) } -> std::same_as<int>;  // of a slot in [0, num_q) or after; −1: no token
+      { schedule.query_token(q) } -> std::same_as<int>;            // of a slot in [0, num_q) or after; −1: no token
+      { schedule.query_token(q, k, shape) } -> std::same_as<int>;  // row k of query tile q: cheaper for many rows
       { schedule.key_token(k) } -> std::same_as<int>;
       // The tokens of a tile as something to copy: where its first one lies, and the shape of the whole.
       schedule.query_origin(q, shape), schedule.key_origin(k, shape);
