@@ -105,6 +105,7 @@ Status encode(const TensorView& view, const GridBox& box, int row_bytes, TensorM
                    static_cast<long long>(view.head_dim()), static_cast<long long>(view.stride[2]));
   }
   map.box = box;
+  map.has_parts = false;
   map.head_dim = static_cast<int>(view.head_dim());
   Layout layout{
       .rank = 2 + kAxes, .extent = {}, .stride = {}, .box = {panel_columns(view.dtype, row_bytes)}, .step = {1}};
@@ -112,6 +113,7 @@ Status encode(const TensorView& view, const GridBox& box, int row_bytes, TensorM
   cuuint64_t stride = static_cast<cuuint64_t>(view.stride[1]);
   for (int axis = kAxes - 1, i = 1; axis >= 0; --axis, ++i) {
     map.part[axis] = part_of(box.extent[axis], box.step[axis]);
+    map.has_parts |= map.part[axis] < box.extent[axis];
     layout.extent[i] = static_cast<cuuint64_t>(box.length[axis]);
     layout.stride[i - 1] = stride;
     layout.step[i] = static_cast<cuuint32_t>(box.step[axis]);

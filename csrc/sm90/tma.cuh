@@ -69,18 +69,29 @@ struct TensorMap<PerAxis<int>> {
   CUtensorMap map;
   GridBox box;        // of a tile
   PerAxis<int> part;  // tokens that one copy takes: all of the box, unless dilation spreads it too far
+  bool has_parts;
   int head_dim;
 
   template <class Tile>
   __device__ void load(Tile& tile, PerAxis<int> origin, int head, int batch, Barrier& barrier) const {
+    const auto copy = [&](std::byte* to, int panel, int x, int y, int z) {
+      cute::SM90_TMA_LOAD_5D::copy(&map, reinterpret_cast<std::uint64_t*>(&barrier), kCacheHint, to,
+                                   head * head_dim + panel * Tile::kPanelColumns, origin[2] + z * box.step[2],
+                                   origin[1] + y * box.step[1], origin[0] + x * box.step[0], batch);
+    };
+    if (!has_parts) {  // without loops, whose branches would make the producer slower than the products
+#pragma unroll
+      for (int i = 0; i < Tile::kPanels; ++i) {
+        copy(tile.panel(i), i, 0, 0, 0);
+      }
+      return;
+    }
     for (int i = 0; i < Tile::kPanels; ++i) {
       std::byte* to = tile.panel(i);
       for (int x = 0; x < box.extent[0]; x += part[0]) {
         for (int y = 0; y < box.extent[1]; y += part[1]) {
           for (int z = 0; z < box.extent[2]; z += part[2], to += product(part) * kPanelRowBytes) {
-            cute::SM90_TMA_LOAD_5D::copy(&map, reinterpret_cast<std::uint64_t*>(&barrier), kCacheHint, to,
-                                         head * head_dim + i * Tile::kPanelColumns, origin[2] + z * box.step[2],
-                                         origin[1] + y * box.step[1], origin[0] + x * box.step[0], batch);
+            copy(to, i, x, y, z);
           }
         }
       }
