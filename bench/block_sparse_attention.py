@@ -29,7 +29,7 @@ class ListedCase(Case):
 
     FORM = "b1_s4096[x8192]_h8[_kv2]_d64_blocks128x128_keep25[_causal]"
     TOKENS = r"s(?P<seq_q>\d+)(x(?P<seq_k>\d+))?"
-    MASK = r"_blocks(?P<block_q>64|128)x(?P<block_k>64|128)_keep(?P<percent>\d+)(_(?P<causal>causal))?"
+    MASK = r"_blocks(?P<block_q>64|128|192)x(?P<block_k>64|128)_keep(?P<percent>\d+)(_(?P<causal>causal))?"
 
     @classmethod
     def _fields(cls, match: re.Match[str]) -> dict[str, Any]:
@@ -142,6 +142,7 @@ OP = Op(
             "b1_s32768_h16_d128_blocks128x128_keep25_causal",
             "b1_s32768_h16_d128_blocks64x64_keep25",
             "b1_s32768_h16_d64_blocks128x128_keep10",
+            "b1_s32768_h16_d64_blocks192x128_keep10",
             "b1_s32768_h16_d64_blocks64x64_keep25",
         ),
     },

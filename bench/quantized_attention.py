@@ -34,7 +34,7 @@ class QuantizedCase(Case):
     FORM = "b1_s4096[x8192]_h8[_kv2]_d64[_causal|_window512|_blocks128x128_keep30[_causal]]_int8_fp8[_kernel]"
     TOKENS = BandCase.TOKENS
     MASK = (
-        r"(?P<mask>(_causal|_window\d+)?|_blocks(64|128)x(64|128)_keep\d+(_causal)?)"
+        r"(?P<mask>(_causal|_window\d+)?|_blocks(64|128|192)x(64|128)_keep\d+(_causal)?)"
         r"_(?P<qk>int8|int4|fp8)_(?P<pv>int8|fp8|bf16)(?P<kernel>_kernel)?"
     )
 
@@ -150,6 +150,8 @@ OP = Op(
             "b1_s16384_h16_d64_int8_fp8",
             "b1_s16384_h16_d64_int8_bf16",
             "b1_s16384_h16_d128_blocks128x128_keep30_int8_fp8",
+            "b2_s17776_h48_d64_blocks128x128_keep30_int8_bf16",
+            "b2_s17776_h48_d64_blocks192x128_keep30_int8_bf16",
         ),
     },
     modes=("fwd",),

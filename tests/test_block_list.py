@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 from fastattn import reference
 from fastattn.block_list import BlockList, BlockRows
 
-BLOCK_SIZES = [(64, 64), (64, 128), (128, 64), (128, 128)]
+BLOCK_SIZES = [(64, 64), (64, 128), (128, 64), (128, 128), (192, 128)]
 
 
 def grid(seq_q: int, seq_k: int, block_size: tuple[int, int]) -> tuple[int, int]:
@@ -318,7 +318,7 @@ def changed(**changes: Any) -> BlockList:
     ("changes", "message"),
     [
         ({"seq_q": -1}, "seq_q must not be negative, got -1"),
-        ({"block_size": (128, 32)}, r"block_size must be two of \(64, 128\), for queries and keys, got \(128, 32\)"),
+        ({"block_size": (128, 32)}, r"block_size must be .*, one of \(64, 128, 192\) and one of \(64, 128\), got"),
         ({"counts": torch.zeros(1, 1, 2)}, r"counts must be int32 \[batch or 1, heads or 1, 2\] on cpu, got float32"),
         ({"counts": torch.zeros(1, 1, 3).int()}, r"counts must be int32 .*, 2\] on cpu, got int32 \[1, 1, 3\] on cpu"),
         ({"counts": torch.zeros(1, 2).int()}, r"counts must be .* got int32 \[1, 2\]"),

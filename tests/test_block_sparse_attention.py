@@ -16,7 +16,7 @@ from cases import Case, assert_same, relative_error, run
 from fastattn import BlockList, reference
 
 NAMES = ("out", "lse", "dq", "dk", "dv")
-BLOCK_SIZES = [(64, 64), (64, 128), (128, 64), (128, 128)]
+BLOCK_SIZES = [(64, 64), (64, 128), (128, 64), (128, 128), (192, 64), (192, 128)]
 OP = torch.ops.fastattn.block_sparse_attention
 
 
@@ -78,6 +78,7 @@ LISTED = [
     Listed(Case(700, 300), (64, 64), heads=4, causal=True),  # the first 400 queries see nothing
     Listed(Case(300, 700), (64, 128), heads=4, causal=True, full=True),
     Listed(Case(512, 512, heads=8, kv_heads=1), (128, 64), heads=8, causal=True),
+    Listed(Case(385, 640, head_dim=128), (192, 128), heads=4, causal=True, full=True),
     Listed(Case(1, 640), (64, 64), heads=4),
     Listed(Case(640, 1), (64, 128), density=0.9),
     Listed(Case(321, 447, head_dim=128, kv_heads=2), (64, 64), heads=4, density=0.2),
@@ -528,9 +529,9 @@ def test_op_refuses(change: Callable[..., Any], message: str, device, dtype) -> 
 @pytest.mark.parametrize(
     ("block_size", "message"),
     [
-        ([64], r"block_size must be \(queries, keys\), each 64 or 128, got \[64\]"),
-        ([0, 64], r"block_size must be \(queries, keys\), each 64 or 128, got \[0, 64\]"),
-        ([70, 100], "a block must have 64 or 128 queries, and keys, got 70 x 100"),  # three by two of them, too
+        ([64], r"block_size must be \(queries, keys\), 64, 128 or 192 and 64 or 128, got \[64\]"),
+        ([0, 64], r"block_size must be \(queries, keys\), 64, 128 or 192 and 64 or 128, got \[0, 64\]"),
+        ([70, 100], "a block must have 64, 128 or 192 queries and .*, got 70 x 100"),  # three by two of them, too
     ],
 )
 def test_op_refuses_block_sizes(block_size: list[int], message: str, device, dtype) -> None:

@@ -88,7 +88,7 @@ def test_lengths_around_tiles_and_groups(pv: str, seq: int) -> None:
 
 
 @each_pv
-@pytest.mark.parametrize("block_size", [(64, 64), (64, 128), (128, 64), (128, 128)], ids=str)
+@pytest.mark.parametrize("block_size", [(64, 64), (64, 128), (128, 64), (128, 128), (192, 128)], ids=str)
 @pytest.mark.parametrize("pattern", ["random", "alternating", "one", "none"])
 def test_blocks(pv: str, block_size: tuple[int, int], pattern: str) -> None:
     """A kernel that advances wrongly over a skipped block reads other keys, or their scales."""

@@ -257,11 +257,11 @@ WRONG: dict[str, tuple[Callable[[Given], Given], str]] = {
     "window and blocks": (put(window=[1, 1], **LISTED), "window must be left out where counts is given"),
     "block_size of one": (
         put(**{**LISTED, "block_size": [64]}),
-        r"block_size must be \(queries, keys\), each 64 or 128, got \[64\]",
+        r"block_size must be \(queries, keys\), 64, 128 or 192 and 64 or 128, got \[64\]",
     ),
     "block_size": (
         put(counts=COUNTS[..., :1], indices=INDICES[..., :1, :2], block_size=[70, 100]),
-        "a block must have 64 or 128 queries, and keys, got 70 x 100",
+        "a block must have 64, 128 or 192 queries and 64 or 128 keys, got 70 x 100",
     ),
     "rows of counts": (
         put(**{**LISTED, "counts": COUNTS[..., :1]}),

@@ -10,8 +10,10 @@ namespace {
 
 template <class Element>
 struct SoftmaxBlocks : SoftmaxOver<Element, BlockLists> {
-  // Tiles that meet at most two blocks of 64 or 128 on either axis (BlockList::supports).
-  static constexpr sm90::Config kForward[] = {{.head_dim = 64, .tile = {128, 128}, .stages = 2, .warpgroups = 2},
+  // Tiles that meet at most two blocks on either axis (BlockList::supports); the first one is for blocks of 192
+  // queries.
+  static constexpr sm90::Config kForward[] = {{.head_dim = 64, .tile = {192, 128}, .stages = 2, .warpgroups = 3},
+                                              {.head_dim = 64, .tile = {128, 128}, .stages = 2, .warpgroups = 2},
                                               {.head_dim = 128, .tile = {128, 128}, .stages = 2, .warpgroups = 2}};
   static constexpr sm90::Config kBackward[] = {{.head_dim = 64, .tile = {128, 128}, .stages = 2, .warpgroups = 2},
                                                {.head_dim = 128, .tile = {64, 128}, .stages = 2, .warpgroups = 2}};

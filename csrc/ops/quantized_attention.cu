@@ -38,15 +38,20 @@ struct Float8Values : Tiles<4, 4> {
   static constexpr Score kScore{};
 };
 
-// Tiles of a list lie in its blocks; those of a band may be attention's.
+// Tiles of a list lie in its blocks, where these are as long; those of a band may be attention's.
 struct BandTiles : Tiles<3, 3> {
   static constexpr sm90::Config kForward[] = {{.head_dim = 64, .tile = {192, 128}, .stages = 3, .warpgroups = 3},
                                               Tiles<3, 3>::kForward[1]};
 };
 
+struct ListTiles : Tiles<4, 3> {
+  static constexpr sm90::Config kForward[] = {BandTiles::kForward[0], Tiles<4, 3>::kForward[0],
+                                              Tiles<4, 3>::kForward[1]};
+};
+
 // Values as they are.
 template <class Key, class Value, class Schedule_>
-struct WideValues : std::conditional_t<std::is_same_v<Schedule_, Band>, BandTiles, Tiles<4, 3>> {
+struct WideValues : std::conditional_t<std::is_same_v<Schedule_, Band>, BandTiles, ListTiles> {
   using Schedule = Schedule_;
   using Score = SoftmaxBy<One, WeightsOf<Value>>;
   using Operands = sm90::QuantizedOperands<Key, Value, Value>;

@@ -219,11 +219,13 @@ Status check_block_rows(const char* op, const char* name, const BlockRows& rows,
   return {};
 }
 
-Status check_block_size(const char* op, TileShape block) {
-  const auto allowed = [](int size) { return size == 64 || size == 128; };
-  return allowed(block.q) && allowed(block.k)
+// Lists may have blocks of 192 queries, for the tiles that suit head_dim 64.
+Status check_block_size(const char* op, TileShape block, int most_queries) {
+  const auto allowed = [](int size, int most) { return size % 64 == 0 && 64 <= size && size <= most; };
+  return allowed(block.q, most_queries) && allowed(block.k, 128)
              ? Status{}
-             : failure("%s: a block must have 64 or 128 queries, and keys, got %d x %d", op, block.q, block.k);
+             : failure("%s: a block must have %s queries and 64 or 128 keys, got %d x %d", op,
+                       most_queries == 192 ? "64, 128 or 192" : "64 or 128", block.q, block.k);
 }
 
 // The shape of the lists. Their contents are in the device's memory, and trusted.
@@ -234,7 +236,7 @@ Status check_blocks(const char* op, const Problem& problem, const BlockLists& bl
     return failure("%s: blocks must be of %lld queries and %lld keys, as q and k are, got %d and %d", op,
                    Long{problem.q.seq()}, Long{problem.k.seq()}, first.num_q, first.num_k);
   }
-  if (Status status = check_block_size(op, first.block); !status.ok()) {
+  if (Status status = check_block_size(op, first.block, 192); !status.ok()) {
     return status;
   }
   if ((batch != 1 && batch != problem.q.batch()) || (heads != 1 && heads != problem.q.heads())) {
@@ -536,7 +538,7 @@ Status validate(const EstimateBlocks& problem) {
     return failure("%s: q must be int8, got %s", op, name_of(problem.q.dtype));
   }
   for (const Status& status : {check_queries_and_keys(op, problem), check_scales(op, problem),
-                               check_group(op, problem.group), check_block_size(op, problem.block)}) {
+                               check_group(op, problem.group), check_block_size(op, problem.block, 128)}) {
     if (!status.ok()) {
       return status;
     }

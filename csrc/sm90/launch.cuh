@@ -54,16 +54,28 @@ Status encode(const TensorView& view, const GridBox& box, int row_bytes, TensorM
 // The same of [batch, heads, channels, tokens], in tiles of `rows` channels.
 Status encode(const TensorView& view, int rows, int row_bytes, TransposedMap& map);
 
-// Picks the first configuration with room for head_dim and calls launch.operator()<its index>().
-template <const auto& kConfigs, class Launch>
-Status dispatch(const char* op, std::int64_t head_dim, Launch&& launch) {
+// Picks the first configuration with room for head_dim that suits(it), or the last one of its head_dim, and calls
+// launch.operator()<its index>().
+template <const auto& kConfigs, class Suits, class Launch>
+Status dispatch(const char* op, std::int64_t head_dim, Suits&& suits, Launch&& launch) {
+  constexpr std::size_t kCount = std::size(kConfigs);
+  const auto fits = [&](std::size_t i) {
+    const bool last = i + 1 == kCount || kConfigs[i + 1].head_dim > kConfigs[i].head_dim;
+    return head_dim <= kConfigs[i].head_dim && (last || suits(kConfigs[i]));
+  };
   Status status;
   const bool found = [&]<std::size_t... i>(std::index_sequence<i...>) {
-    return ((head_dim <= kConfigs[i].head_dim && (status = launch.template operator()<i>(), true)) || ...);
-  }(std::make_index_sequence<std::size(kConfigs)>{});
+    return ((fits(i) && (status = launch.template operator()<i>(), true)) || ...);
+  }(std::make_index_sequence<kCount>{});
   return found ? status
-               : failure("%s: head_dim must be at most %d on the GPU, got %lld", op,
-                         kConfigs[std::size(kConfigs) - 1].head_dim, static_cast<long long>(head_dim));
+               : failure("%s: head_dim must be at most %d on the GPU, got %lld", op, kConfigs[kCount - 1].head_dim,
+                         static_cast<long long>(head_dim));
+}
+
+// The same where each head_dim has one configuration.
+template <const auto& kConfigs, class Launch>
+Status dispatch(const char* op, std::int64_t head_dim, Launch&& launch) {
+  return dispatch<kConfigs>(op, head_dim, [](const auto&) { return true; }, launch);
 }
 
 // Launches `blocks` thread blocks of a kernel that uses `shared_bytes` of dynamic shared memory.

@@ -177,7 +177,8 @@ Status launch_backward(const BackwardProblem<Variant>& problem, Stream stream,
 
 template <class Variant>
 Status run_forward(const char* op, const ForwardProblem<Variant>& problem, Stream stream) {
-  return dispatch<Variant::kForward>(op, problem.q.head_dim(), [&]<int kIndex>() {
+  const auto suits = [&](const Config& config) { return problem.schedule.suits(config.tile); };
+  return dispatch<Variant::kForward>(op, problem.q.head_dim(), suits, [&]<int kIndex>() {
     return launch_forward<ForwardKernel<Variant, kIndex>>(op, problem, stream, forward_kernel<Variant, kIndex>);
   });
 }

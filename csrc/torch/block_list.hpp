@@ -23,7 +23,7 @@ struct Grid {
 
 inline Grid grid_of(const char* op, const Tensor& q, const Tensor& k, const Tensor& counts, const Shape& block_size) {
   require(block_size.size() == 2 && std::ranges::min(block_size) > 0, op,
-          ": block_size must be (queries, keys), each 64 or 128, got ", list(block_size));
+          ": block_size must be (queries, keys), 64, 128 or 192 and 64 or 128, got ", list(block_size));
   const auto extent = [&](int axis, std::int64_t of_q) {
     return counts.dim() == 3 && counts.sizes()[axis] == 1 ? 1 : of_q;
   };

@@ -151,9 +151,12 @@ const Test every_kept_score_once("block list: each kept score is in one tile, an
     });
   }
   // The blocks and tiles of the kernels: lengths one off their edges.
-  for (const TileShape block : {TileShape{128, 128}, {64, 64}, {64, 128}, {128, 64}}) {
+  for (const TileShape block : {TileShape{128, 128}, {64, 64}, {64, 128}, {128, 64}, {192, 128}}) {
     for_random_problems(block, {127, 193, 256}, [&](const Problem& problem) {
-      for (const TileShape tile : {TileShape{128, 128}, {64, 128}, {128, 64}, {96, 128}, {96, 64}}) {
+      for (const TileShape tile : {TileShape{128, 128}, {64, 128}, {128, 64}, {96, 128}, {96, 64}, {192, 128}}) {
+        if (tile.q == 192 && block.q != 192) {
+          continue;  // of 64 queries it would meet three
+        }
         check(problem.list.supports(tile), describe(problem.list, tile));
         check(is_exact(problem.list, tile), describe(problem.list, tile));
         check(is_exact(problem.list.transposed(), tile), "transposed " + describe(problem.list, tile));

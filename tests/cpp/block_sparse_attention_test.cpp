@@ -54,7 +54,7 @@ struct BandProblem {
 };
 
 void check_against_formula(const char* name, const cpu::BlockSparseAttentionKernels& kernels) {
-  for (const TileShape block : {TileShape{64, 64}, {128, 64}, {64, 128}, {128, 128}}) {
+  for (const TileShape block : {TileShape{64, 64}, {128, 64}, {64, 128}, {128, 128}, {192, 128}}) {
     BandProblem p({2, 200, 260, 4, 2, 24}, {150, 40}, block);
     check(validate(p.description).ok(), validate(p.description).message);
     const BlockLists& blocks = p.description.forward.blocks;
@@ -110,8 +110,10 @@ const Test refusals("block_sparse_attention: what it refuses", [] {
          "blocks must be of 200 queries and 260 keys, as q and k are, got 199 and 260");
   refuse([](auto& p) { list_of(p).num_k = 261; },
          "blocks must be of 200 queries and 260 keys, as q and k are, got 200 and 261");
-  refuse([](auto& p) { list_of(p).block.q = 32; }, "a block must have 64 or 128 queries, and keys, got 32 x 128");
-  refuse([](auto& p) { list_of(p).block.k = 0; }, "a block must have 64 or 128 queries, and keys, got 64 x 0");
+  refuse([](auto& p) { list_of(p).block.q = 32; },
+         "a block must have 64, 128 or 192 queries and 64 or 128 keys, got 32 x 128");
+  refuse([](auto& p) { list_of(p).block.k = 0; },
+         "a block must have 64, 128 or 192 queries and 64 or 128 keys, got 64 x 0");
   refuse([](auto& p) { p.forward.blocks.batch = 3; },
          "blocks must be of 1 or 2 batch entries and 1 or 4 heads, got 3 and 4");
   refuse([](auto& p) { p.forward.blocks.heads = 2; },

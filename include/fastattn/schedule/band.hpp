@@ -65,6 +65,7 @@ struct Band {
   constexpr int query_box(TileShape shape) const { return shape.q; }
   constexpr int key_box(TileShape shape) const { return shape.k; }
 
+  constexpr bool suits(TileShape) const { return true; }
   FASTATTN_HD constexpr Band at(int, int) const { return *this; }  // one mask for all heads
 
   FASTATTN_HD constexpr Cursor runs(int q_tile, TileShape shape) const {

@@ -254,6 +254,7 @@ struct NeighborhoodSchedule {
     return {*this, place_of_tile(q_tiling, q_tile), place_of_tile(k_tiling, k_tile)};
   }
 
+  constexpr bool suits(TileShape) const { return true; }
   FASTATTN_HD constexpr NeighborhoodSchedule at(int, int) const { return *this; }  // one mask for all heads
 
   // The positions that a query keeps in its dilation group; none if it is padding.

@@ -97,9 +97,11 @@ concept TileSchedule =
 
 // The schedules of all heads, which share their slots: the numbers of them and the tokens in them.
 template <class S>
-concept ScheduleFamily = std::is_trivially_copyable_v<S> && requires(const S schedules, int batch, int head) {
-  { schedules.at(batch, head) } -> TileSchedule;
-};
+concept ScheduleFamily =
+    std::is_trivially_copyable_v<S> && requires(const S schedules, int batch, int head, TileShape tile) {
+      { schedules.suits(tile) } -> std::same_as<bool>;  // is a tile with these queries worth its place in a list?
+      { schedules.at(batch, head) } -> TileSchedule;
+    };
 
 // Visits every tile of a run: body(k_tile, coverage, cells).
 template <class Body>
