@@ -59,6 +59,7 @@ def option(**new: Any) -> Callable[[list[Tensor], dict[str, Any]], None]:
         refused(r"block_size must be \(queries, keys\), each 64 or 128, got \[64\]", option(block_size=[64])),
         refused(r"block_size must be .*, got \[0, 64\]", option(block_size=[0, 64])),
         refused("a block must have 64 or 128 queries and 64 or 128 keys, got 64 x 96", option(block_size=[64, 96])),
+        refused("a block must have 64 or 128 queries and 64 or 128 keys, got 192 x 64", option(block_size=[192, 64])),
         refused("query_stride must divide the queries of a block, 64, got 3", option(query_stride=3)),
         refused("query_stride must divide the queries of a block, 64, got 0", option(query_stride=0)),
         refused("query_stride must divide the queries of a block, 64, got 128", option(query_stride=128)),
@@ -117,7 +118,7 @@ def test_bad_arguments_are_refused() -> None:
             estimate_blocks(q, k, 0.1, query_stride=query_stride)
     with pytest.raises(ValueError, match="window must be at least 1 where causal queries have a query_stride, got 0"):
         estimate_blocks(q, k, 0.1, window=0, query_stride=2)
-    with pytest.raises(ValueError, match="block_size must be two of"):
+    with pytest.raises(ValueError, match=r"block_size must be .* and one of \(64, 128\), got"):
         estimate_blocks(q, k, 0.1, block_size=(64, 32))
     with pytest.raises(RuntimeError, match="the heads of q must be a multiple of those of k, got 4 and 3"):
         estimate_blocks(q, k[:, :, [0, 1, 1]], 0.1)
