@@ -70,6 +70,7 @@ const AddOp<ListedCase, BlockSparseAttentionProblem> kOp{
         "b1_s32768_h16_d128_blocks128x128_keep25_causal",
         "b1_s32768_h16_d128_blocks64x64_keep25",
         "b1_s32768_h16_d64_blocks128x128_keep10",
+        "b1_s32768_h16_d64_blocks192x128_keep10",
         "b1_s32768_h16_d64_blocks64x64_keep25",
     },
     {

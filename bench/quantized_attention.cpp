@@ -195,6 +195,8 @@ const AddOp<QuantizedCase, QuantizedAttentionProblem> kOp{
         "b1_s16384_h16_d64_int8_fp8",
         "b1_s16384_h16_d64_int8_bf16",
         "b1_s16384_h16_d128_blocks128x128_keep30_int8_fp8",
+        "b2_s17776_h48_d64_blocks128x128_keep30_int8_bf16",
+        "b2_s17776_h48_d64_blocks192x128_keep30_int8_bf16",
     },
     {
         "b1_s130_h2_d64_int8_int8",

@@ -59,7 +59,7 @@ def option(**new: Any) -> Callable[[list[Tensor], dict[str, Any]], None]:
         refused(r"block_size must be \(queries, keys\), each 64 or 128, got \[64\]", option(block_size=[64])),
         refused(r"block_size must be .*, got \[0, 64\]", option(block_size=[0, 64])),
         refused("a block must have 64 or 128 queries and 64 or 128 keys, got 64 x 96", option(block_size=[64, 96])),
-        refused("a block must have 64 or 128 queries and 64 or 128 keys, got 192 x 64", option(block_size=[192, 64])),
+        refused(r"block_size must be .*, each 64 or 128, got \[192, 64\]", option(block_size=[192, 64])),
         refused("query_stride must divide the queries of a block, 64, got 3", option(query_stride=3)),
         refused("query_stride must divide the queries of a block, 64, got 0", option(query_stride=0)),
         refused("query_stride must divide the queries of a block, 64, got 128", option(query_stride=128)),
