@@ -17,7 +17,8 @@ struct ListedCase final : Case {
   static constexpr const char* kForm = "b1_s4096[x8192]_h8[_kv2]_d64_blocks128x128_keep25[_causal]";
 
   explicit ListedCase(const std::string& name)
-      : ListedCase(CaseName(name, kForm, R"(s(\d+)(?:x(\d+))?)", R"(_blocks(64|128|192)x(64|128)_keep(\d+)(_causal)?)")) {}
+      : ListedCase(
+            CaseName(name, kForm, R"(s(\d+)(?:x(\d+))?)", R"(_blocks(64|128|192)x(64|128)_keep(\d+)(_causal)?)")) {}
 
   bool is_listed(std::int64_t head, std::int64_t row, std::int64_t column) const {
     auto x = static_cast<std::uint32_t>((head << 20 | row << 10) + column);
