@@ -60,9 +60,10 @@ def test_gpu_lengths_around_tiles_and_groups(qk: str, pv: str, seq: int) -> None
 @on_gpu
 @each_gpu_format
 @pytest.mark.parametrize("block_size", [(64, 64), (64, 128), (128, 64), (128, 128), (192, 128)], ids=str)
+@pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("density", [0.0, 0.1, 0.4, 1.0])
-def test_gpu_blocks(qk: str, pv: str, block_size: tuple[int, int], density: float) -> None:
-    seq, head_dim = 1500, 64 if block_size[0] == 192 else 128  # for which there is a tile of 192 queries
+def test_gpu_blocks(qk: str, pv: str, block_size: tuple[int, int], head_dim: int, density: float) -> None:
+    seq = 1500
     q, k, v = tensors(seq, seq, head_dim=head_dim)
     k[:, 128:256] *= 8  # scales differ from block to block
     mask = torch.rand(2, 4, -(-seq // block_size[0]), -(-seq // block_size[1])) < density

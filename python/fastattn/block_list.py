@@ -40,8 +40,8 @@ class BlockList:
         indices: int32 ``[..., query blocks, key blocks]``, the kept key blocks: ascending, none twice. Entries past
             the count are ignored.
         seq_q, seq_k: the number of tokens. The last blocks may be ragged.
-        block_size: queries and keys of a block: 64, 128 or 192, and 64 or 128. At head_dim 64 a GPU is fastest with
-            192 queries, at 128 with 128.
+        block_size: queries and keys of a block: 64, 128 or 192, and 64 or 128. Tiles on a GPU are 128 x 128, and those
+            of 192 x 128 blocks in a forward at head_dim 64 with values of 16 bits; other blocks cost more.
         full: bool, beside ``indices``: which of the kept blocks ``causal`` does not cut. None: it cuts all.
         causal: query i sees key j of a block that is not full only if ``j <= i + seq_k - seq_q``. Blocks beyond that
             diagonal may be listed and are skipped.

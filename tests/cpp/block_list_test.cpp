@@ -165,6 +165,12 @@ const Test every_kept_score_once("block list: each kept score is in one tile, an
   }
 });
 
+const Test suiting_tiles("block list: tiles whose queries lie in one block suit it", [] {
+  const auto lists = [](int queries) { return BlockLists{{0, 0, 0, 0, {queries, 128}, {}, {}}, 1, 1}; };
+  check(lists(192).suits({192, 128}) && lists(128).suits({128, 128}) && lists(128).suits({64, 128}), "in one block");
+  check(!lists(128).suits({192, 128}) && !lists(64).suits({192, 128}) && !lists(192).suits({128, 128}), "in two");
+});
+
 const Test supported_tiles("block list: tiles that meet three blocks are not supported", [] {
   const auto list = [](TileShape block) { return BlockList{0, 0, 0, 0, block, {}, {}}; };
   check(list({128, 64}).supports({192, 128}) && list({128, 128}).supports({256, 256}), "two blocks");

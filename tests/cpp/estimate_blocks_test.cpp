@@ -182,6 +182,7 @@ const Test refusals("estimate_blocks: what is refused", [] {
   refuse([](auto& p) { p.scale = 0.f; }, "scale must be finite and positive, got 0");
   refuse([](auto& p) { p.scale = HUGE_VALF; }, "scale must be finite and positive, got inf");
   refuse([](auto& p) { p.block.q = 96; }, "a block must have 64 or 128 queries and 64 or 128 keys, got 96 x 128");
+  refuse([](auto& p) { p.block.q = 192; }, "a block must have 64 or 128 queries and 64 or 128 keys, got 192 x 128");
   refuse([](auto& p) { p.query_stride = 3; }, "query_stride must divide the queries of a block, 64, got 3");
   refuse([](auto& p) { p.query_stride = 0; }, "query_stride must divide the queries of a block, 64, got 0");
   refuse([](auto& p) { p.seq_q = -1; }, "seq_q must be between 0 and 2^30 - 1, got -1");

@@ -99,7 +99,7 @@ concept TileSchedule =
 template <class S>
 concept ScheduleFamily =
     std::is_trivially_copyable_v<S> && requires(const S schedules, int batch, int head, TileShape tile) {
-      { schedules.suits(tile) } -> std::same_as<bool>;  // is a tile with these queries worth its place in a list?
+      { schedules.suits(tile) } -> std::same_as<bool>;  // else a kernel with other tiles is preferred, if any
       { schedules.at(batch, head) } -> TileSchedule;
     };
 
