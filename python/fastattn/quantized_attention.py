@@ -9,6 +9,7 @@ from torch._subclasses.fake_tensor import is_fake
 
 from ._key_term import key_term, product
 from ._ops import Op, register
+from ._permute import permute_tokens
 from .attention import kept_scores
 from .block_list import BlockList
 from .block_sparse_attention import block_list
@@ -182,7 +183,7 @@ def quantized_operands(
     if low_q.mean is not None:
         term = key_term(_scale(q, scale) * low_q.mean, k.float() - low_k.mean[:, None], permutation)
     if pv == "bf16":
-        of_values = (v if permutation is None else _take(v, permutation), None, None)
+        of_values = (v if permutation is None else permute_tokens(v, permutation), None, None)
     else:
         # e4m3 keeps small weights and loses nothing by a mean: see the design note.
         low_v = quantize_tokens(v, format=pv, transpose=True, smooth=pv == "int8", permutation=permutation)
@@ -229,11 +230,6 @@ def _check_inputs(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise ValueError(f"{op}: the heads of q must be a multiple of those of k, got {q.shape[2]} and {k.shape[2]}")
     if v.shape != k.shape:
         raise ValueError(f"{op}: v must have the shape of k, {[*k.shape]}, got {[*v.shape]}")
-
-
-def _take(x: Tensor, permutation: Tensor) -> Tensor:
-    index = permutation.long().expand(x.shape[0], x.shape[2], -1).transpose(1, 2)[..., None]
-    return x.gather(1, index.expand(x.shape))
 
 
 def _check_blocks(blocks: BlockList, q: Tensor, k: Tensor, causal: bool, window: Sequence[int] | None) -> None:
