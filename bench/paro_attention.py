@@ -10,37 +10,40 @@ from torch import Tensor
 
 import fastattn
 from fastattn.measure import Part
-from fastattn.paro import ORDERS, ParoLayer, token_order
+from fastattn.paro import ORDERS, ParoLayer, token_order, tokens_of_blocks
 
 from . import attention
 from .block_sparse_attention import DENSE
 from .op import Attention, Case, Contestant, Op
 
-BLOCK = 128
-
 
 @dataclass(frozen=True)
 class VideoCase(Case):
-    """`keep30` lists that share of the blocks of video, others for each head, and all that hold text.
+    """`blocks128x128_keep30` lists that share of the blocks of video, others for each head, and all that hold text.
 
     Heads take the orders in turns. `_int8_fp8` is what queries and keys, and values, are rounded to.
     """
 
     grid: tuple[int, int, int]
     text: int
+    block_size: tuple[int, int]
     percent: int
     formats: tuple[str, str] | None
     causal = False
 
-    FORM = "b1_21x45x80[_text226]_h40_d128_keep30[_int8_fp8]"
+    FORM = "b1_21x45x80[_text226]_h40_d128_blocks128x128_keep30[_int8_fp8]"
     TOKENS = r"(?P<grid>\d+x\d+x\d+)(_text(?P<text>\d+))?"
-    MASK = r"_keep(?P<percent>\d+)(_(?P<qk>int8|int4|fp8)_(?P<pv>int8|fp8|bf16))?"
+    MASK = (
+        r"_blocks(?P<block_q>64|128|192)x(?P<block_k>64|128)_keep(?P<percent>\d+)"
+        r"(_(?P<qk>int8|int4|fp8)_(?P<pv>int8|fp8|bf16))?"
+    )
 
     @classmethod
     def _fields(cls, match: re.Match[str]) -> dict[str, Any]:
         return {
             "grid": tuple(map(int, match["grid"].split("x"))),
             "text": int(match["text"] or 0),
+            "block_size": (int(match["block_q"]), int(match["block_k"])),
             "percent": int(match["percent"]),
             "formats": (match["qk"], match["pv"]) if match["qk"] else None,
         }
@@ -60,12 +63,13 @@ class VideoCase(Case):
 
     @cached_property
     def mask(self) -> Tensor:
-        """Which blocks are kept, bool ``[heads, blocks, blocks]``."""
-        blocks, first_text = -(-self.seq // BLOCK), (self.seq - self.text) // BLOCK
+        """Which blocks are kept, bool ``[heads, query blocks, key blocks]``."""
+        rows, columns = (-(-self.seq // size) for size in self.block_size)
         random = torch.Generator().manual_seed(0)
-        kept = torch.rand(self.heads, blocks, blocks, generator=random) < self.percent / 100
+        kept = torch.rand(self.heads, rows, columns, generator=random) < self.percent / 100
         if self.text:
-            kept[:, first_text:], kept[:, :, first_text:] = True, True
+            first_row, first_column = ((self.seq - self.text) // size for size in self.block_size)
+            kept[:, first_row:], kept[:, :, first_column:] = True, True
         return kept
 
     @cached_property
@@ -77,22 +81,23 @@ class VideoCase(Case):
     def layer(self, device: torch.device) -> ParoLayer:
         tokens = self.tokens.to(device)
         blocks = fastattn.BlockList.from_mask(
-            self.mask.to(device)[None], seq_q=self.seq, seq_k=self.seq, block_size=(BLOCK, BLOCK)
+            self.mask.to(device)[None], seq_q=self.seq, seq_k=self.seq, block_size=self.block_size
         )
         return ParoLayer(tokens, tokens.argsort(), blocks)
 
     @property
     def density(self) -> float:
-        sizes = (self.seq - BLOCK * torch.arange(-(-self.seq // BLOCK))).clamp(max=BLOCK).double()
-        return float((self.mask.double() @ sizes @ sizes).mean()) / self.seq**2
+        queries, keys = (tokens_of_blocks(self.seq, size).double() for size in self.block_size)
+        return float((self.mask.double() @ keys @ queries).mean()) / self.seq**2
 
     def bound_speedup(self, device: torch.device) -> float | None:
         return 1 / float(self.mask.double().mean())
 
     def keep(self, part: Part, device: torch.device) -> Tensor:
-        block = self.tokens[part.heads].argsort() // BLOCK  # that each token is in
-        kept = self.mask[part.heads]
-        return torch.stack([m[b[part.queries]][:, b] for m, b in zip(kept, block, strict=True)]).to(device)
+        places = self.tokens[part.heads].argsort()
+        rows, columns = (places // size for size in self.block_size)  # the blocks that each token is in
+        kept = zip(self.mask[part.heads], rows, columns, strict=True)
+        return torch.stack([mask[row[part.queries]][:, column] for mask, row, column in kept]).to(device)
 
     @property
     def described_tokens(self) -> str:
@@ -101,7 +106,7 @@ class VideoCase(Case):
     @property
     def described_mask(self) -> str:
         formats = f", {'/'.join(self.formats)}" if self.formats else ""
-        return f"{self.percent} % of blocks {BLOCK}×{BLOCK}{formats}"
+        return f"{self.percent} % of blocks {'×'.join(map(str, self.block_size))}{formats}"
 
 
 def ours(case: VideoCase) -> Attention:
@@ -124,12 +129,16 @@ OP = Op(
     ours=Contestant(ours),
     peers={"cpu": PEERS, "cuda": PEERS},
     cases={
-        "cpu": ("b1_5x16x24_text100_h6_d64_keep30", "b1_5x16x24_text100_h6_d64_keep30_int8_int8"),
+        "cpu": (
+            "b1_5x16x24_text100_h6_d64_blocks128x128_keep30",
+            "b1_5x16x24_text100_h6_d64_blocks128x128_keep30_int8_int8",
+        ),
         "cuda": (
-            "b1_21x45x80_h40_d128_keep30_int8_fp8",  # Wan 2.1, 720p
-            "b1_21x45x80_h40_d128_keep30_int8_bf16",
-            "b2_13x30x45_text226_h48_d64_keep30_int8_fp8",  # CogVideoX
-            "b2_13x30x45_text226_h48_d64_keep30_int8_bf16",
+            "b1_21x45x80_h40_d128_blocks128x128_keep30_int8_fp8",  # Wan 2.1, 720p
+            "b1_21x45x80_h40_d128_blocks128x128_keep30_int8_bf16",
+            "b2_13x30x45_text226_h48_d64_blocks128x128_keep30_int8_fp8",  # CogVideoX
+            "b2_13x30x45_text226_h48_d64_blocks128x128_keep30_int8_bf16",
+            "b2_13x30x45_text226_h48_d64_blocks192x128_keep30_int8_bf16",
         ),
     },
     modes=("fwd",),

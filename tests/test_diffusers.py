@@ -86,7 +86,7 @@ class Video:
         blocks = -(-(self.text + 360) // 64)
         mask = keep(torch.ones(buckets, LAYERS, HEADS, blocks, blocks, dtype=torch.bool))
         orders = torch.arange(buckets * LAYERS * HEADS, dtype=torch.uint8) % 6
-        return ParoPlan(GRID, self.text, 64, orders.view(buckets, LAYERS, HEADS), _pack(mask))
+        return ParoPlan(GRID, self.text, (64, 64), orders.view(buckets, LAYERS, HEADS), _pack(mask))
 
 
 @pytest.fixture(params=[cogvideox, wan], ids=["CogVideoX", "Wan"])

@@ -34,12 +34,14 @@ def heads(axes: str, **options) -> tuple[Tensor, Tensor, Tensor]:
     return torch.cat(q, 2), torch.cat(k, 2), torch.cat(v, 2)
 
 
-def everything(grid: tuple[int, int, int], text: int, orders: list[int], block: int = 64) -> ParoPlan:
+def everything(
+    grid: tuple[int, int, int], text: int, orders: list[int], block_size: tuple[int, int] = (64, 64)
+) -> ParoPlan:
     """A plan that keeps every block."""
     seq = text + grid[0] * grid[1] * grid[2]
-    blocks = -(-seq // block)
-    masks = torch.full((1, 1, len(orders), blocks, -(-blocks // 8)), 255, dtype=torch.uint8)
-    return ParoPlan(grid, text, block, torch.tensor([[orders]], dtype=torch.uint8), masks)
+    rows, columns = (-(-seq // size) for size in block_size)
+    masks = torch.full((1, 1, len(orders), rows, -(-columns // 8)), 255, dtype=torch.uint8)
+    return ParoPlan(grid, text, block_size, torch.tensor([[orders]], dtype=torch.uint8), masks)
 
 
 @settings(deadline=None)
@@ -55,10 +57,12 @@ def test_an_order_is_one_of_the_axes(grid: tuple[int, int, int], text: int, orde
 
 
 @settings(max_examples=20, deadline=None)
-@given(st.tuples(*[st.integers(1, 6)] * 3), st.integers(0, 70), st.sampled_from([64, 128]))
-def test_all_blocks_in_any_order_are_attention(grid: tuple[int, int, int], text: int, block: int) -> None:
+@given(st.tuples(*[st.integers(1, 6)] * 3), st.integers(0, 70), st.sampled_from([(64, 64), (128, 128), (192, 128)]))
+def test_all_blocks_in_any_order_are_attention(
+    grid: tuple[int, int, int], text: int, block_size: tuple[int, int]
+) -> None:
     torch.manual_seed(0)
-    plan = everything(grid, text, list(range(6)), block)
+    plan = everything(grid, text, list(range(6)), block_size)
     q, k, v = torch.randn(3, 2, plan.seq, 6, 16).unbind()
     out = paro_attention(q, k, v, plan.layer(0))
     assert relative_error(out, fastattn.attention(q, k, v).double()) < 1e-6
@@ -100,17 +104,20 @@ def test_gradients_are_those_of_attention(device, dtype) -> None:
         assert relative_error(gradient, truth) < (1e-5 if dtype == torch.float32 else 1e-2)
 
 
+@pytest.mark.parametrize("block_size", [(64, 64), (192, 64), (64, 128)])
 @pytest.mark.parametrize("seq", [64, 100, 193])
-def test_block_statistics(seq: int) -> None:
+def test_block_statistics(seq: int, block_size: tuple[int, int]) -> None:
     """Against all weights at once, whatever part of them is held at a time."""
     q, k, v = torch.randn(3, 2, seq, 3, 16).unbind()
     _, lse = reference.attention(q, k, v)
     weights = (0.25 * torch.einsum("bqhd,bkhd->bhqk", q, k)).softmax(-1)
     for scores in (1, 1 << 15, 1 << 24):
-        found = block_statistics(q, k, lse, 0.25, 64, 1e-2, scores)
-        for i in range(-(-seq // 64)):
-            for j in range(-(-seq // 64)):
-                cell = weights[:, :, 64 * i : 64 * i + 64, 64 * j : 64 * j + 64]
+        found = block_statistics(q, k, lse, 0.25, block_size, 1e-2, scores)
+        rows, columns = (torch.arange(seq).split(size) for size in block_size)
+        assert found.sum.shape == (3, len(rows), len(columns))
+        for i, queries in enumerate(rows):
+            for j, keys in enumerate(columns):
+                cell = weights[:, :, queries][..., keys]
                 torch.testing.assert_close(found.sum[:, i, j], cell.sum((0, 2, 3)) / 2)
                 torch.testing.assert_close(found.max[:, i, j], cell.amax((0, 2, 3)))
                 assert torch.equal(found.small[:, i, j], (cell < 1e-2).sum((0, 2, 3)) / 2)
@@ -139,7 +146,7 @@ def test_reordering_pays(density: float) -> None:
         return sums / torch.tensor([64.0] * 8 + [28])[:, None]
 
     def with_blocks(plan: ParoPlan, weights: Tensor) -> ParoPlan:
-        return replace(plan, masks=_pack(_mask(weights, density, 9))[None, None])
+        return replace(plan, masks=_pack(_mask(weights, density, (9, 9)))[None, None])
 
     def error(plan: ParoPlan) -> float:
         return relative_error(paro_attention(q, k, v, plan.layer(0)), exact)
@@ -152,16 +159,20 @@ def test_reordering_pays(density: float) -> None:
     assert error(plan) < 0.5 * error(with_blocks(plan, torch.rand(2, 9, 9)))
 
 
-def test_density_and_what_is_always_kept() -> None:
-    plan = calibrate_paro([(0, 0, *heads("FW", text=40))], grid=GRID, text=40, density=0.25)
+@pytest.mark.parametrize("block_size", [(64, 64), (192, 64), (64, 128)])
+def test_density_and_what_is_always_kept(block_size: tuple[int, int]) -> None:
+    sample = heads("FW", text=40)
+    plan = calibrate_paro([(0, 0, *sample)], grid=GRID, text=40, density=0.25, block_size=block_size)
     mask = plan.mask(0, 0)
-    assert mask.shape == (2, 10, 10)
-    first_text = 540 // 64
-    assert mask[:, first_text:].all()
-    assert mask[:, :, first_text:].all()
-    assert mask.any(2).all()
-    kept = mask[:, :first_text, :first_text].float().mean().item()
-    assert 0.05 < kept < 0.3
+    rows, columns = (540 // size for size in block_size)  # of video alone
+    assert mask.shape == (2, *(-(-580 // size) for size in block_size))
+    assert mask[:, rows:].all()
+    assert mask[:, :, columns:].all()
+    video = mask[:, :rows, :columns]
+    assert video.any(2).all()
+    assert (video.sum((1, 2)) <= round(0.25 * rows * columns) + rows).all()
+    assert (video.sum((1, 2)) >= round(0.25 * rows * columns)).all()
+    torch.testing.assert_close(plan.density(0, 0), plan.layer(0).blocks.density[0])
 
 
 def test_samples_of_buckets_and_layers() -> None:
@@ -173,10 +184,10 @@ def test_samples_of_buckets_and_layers() -> None:
 
 
 def test_save_and_load(tmp_path: Path) -> None:
-    plan = calibrate_paro([(0, 0, *heads("FH", text=7))], grid=GRID, text=7, density=0.4)
+    plan = calibrate_paro([(0, 0, *heads("FH", text=7))], grid=GRID, text=7, density=0.4, block_size=(192, 128))
     plan.save(tmp_path / "plan.safetensors")
     loaded = ParoPlan.load(tmp_path / "plan.safetensors")
-    assert (loaded.grid, loaded.text, loaded.block) == (plan.grid, plan.text, plan.block)
+    assert (loaded.grid, loaded.text, loaded.block_size) == (plan.grid, plan.text, plan.block_size)
     assert torch.equal(loaded.orders, plan.orders)
     assert torch.equal(loaded.masks, plan.masks)
 
@@ -187,7 +198,7 @@ def test_bad_input(tmp_path: Path) -> None:
     sample = (0, 0, *heads("F"))
     for options, message in [
         ({"density": 0.0}, "density must be in"),
-        ({"density": 0.3, "block": 32}, "block must be 64 or 128, got 32"),
+        ({"density": 0.3, "block_size": (128, 192)}, r"block_size must be one of .* keys, got \(128, 192\)"),
         ({"density": 0.3, "by": "luck"}, "by must be 'error' or 'blocks', got 'luck'"),
         ({"density": 0.3, "alpha": 2.0}, r"alpha must be in \[0, 1\], got 2.0"),
         ({"density": 0.3, "text": -1}, "text at least 0"),
@@ -206,5 +217,5 @@ def test_bad_input(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="step must be in"):
         plan.bucket_of(5, 5)
     save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
-    with pytest.raises(ValueError, match=r"must have format fastattn\.paro\.1, got None"):
+    with pytest.raises(ValueError, match=r"must have format fastattn\.paro\.2, got None"):
         ParoPlan.load(tmp_path / "other.safetensors")

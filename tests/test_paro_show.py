@@ -14,20 +14,21 @@ from fastattn.cli import app
 from fastattn.paro import ORDERS, _pack
 from fastattn.paro_show import draw, look
 
-GRID, TEXT, SEQ, BLOCKS = (3, 7, 11), 20, 251, 4  # the last block is ragged
+GRID, TEXT, SEQ = (3, 7, 11), 20, 251
+BLOCK_SIZE, BLOCKS = (64, 128), (4, 2)  # the last ones are ragged
 
 
 @pytest.fixture
 def plan() -> ParoPlan:
     """Any blocks: 2 buckets of 2 layers of all orders."""
-    masks = torch.rand(2, 2, 6, BLOCKS, BLOCKS) < 0.4
-    return ParoPlan(GRID, TEXT, 64, torch.arange(6, dtype=torch.uint8).expand(2, 2, 6), _pack(masks))
+    masks = torch.rand(2, 2, 6, *BLOCKS) < 0.4
+    return ParoPlan(GRID, TEXT, BLOCK_SIZE, torch.arange(6, dtype=torch.uint8).expand(2, 2, 6), _pack(masks))
 
 
 def block_means(scores: Tensor) -> Tensor:
     """Of ``[seq, seq]``."""
-    blocks = [range(64 * i, min(64 * i + 64, SEQ)) for i in range(BLOCKS)]
-    return torch.stack([torch.stack([scores[q][:, k].mean() for k in blocks]) for q in blocks])
+    rows, columns = (torch.arange(SEQ).split(size) for size in BLOCK_SIZE)
+    return torch.stack([torch.stack([scores[q][:, k].mean() for k in columns]) for q in rows])
 
 
 def kept_scores(plan: ParoPlan, bucket: int, layer: int, head: int) -> Tensor:
@@ -90,7 +91,7 @@ def test_the_command(plan: ParoPlan, tmp_path: Path) -> None:
     result = show(path, "--layer", 1, "--bucket", 1, "-o", picture)
     assert result.exit_code == 0, result.output
     assert picture.read_bytes().startswith(b"\x89PNG")
-    assert "3x7x11 video tokens after 20 of text, blocks of 64, bucket 1 of 2" in result.output
+    assert "3x7x11 video tokens after 20 of text, blocks of 64x128, bucket 1 of 2" in result.output
     rows = [line.split() for line in result.output.splitlines()]
     density = plan.density(1, 1)
     assert ["1", *"111111", *(f"{x:.1%}" for x in (density.mean(), density.min(), density.max()))] in rows
@@ -113,7 +114,7 @@ def test_bad_input(plan: ParoPlan, tmp_path: Path) -> None:
         ((path, "--bucket", 2), "bucket must be in 0 ... 1, got 2"),
         ((path, "--layer", -1), "layer must be in 0 ... 1, got -1"),
         ((path, "--head", 0, "--head", 6), "head must be in 0 ... 5, got 6"),
-        ((samples,), f"ParoPlan: {samples} must have format fastattn.paro.1, got None"),
+        ((samples,), f"ParoPlan: {samples} must have format fastattn.paro.2, got None"),
         ((text,), f"ParoPlan: {text} must be a safetensors file"),
         ((path, "--samples", text), f"samples must be a safetensors file, got {text}"),
         (

@@ -206,6 +206,6 @@ def test_bad_input(tmp_path: Path) -> None:
         sale_attention(*inputs, 0.1, bits=2)
     with pytest.raises(RuntimeError, match=r"block_sparse_attention: v must have the shape of k"):
         sale_attention(*inputs[:2], inputs[2][:, 1:], 0.1)
-    save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors", metadata={"format": "fastattn.paro.1"})
-    with pytest.raises(ValueError, match=r"SalePlan: .* must have format fastattn\.sale\.1, got fastattn\.paro\.1"):
+    save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors", metadata={"format": "fastattn.paro.2"})
+    with pytest.raises(ValueError, match=r"SalePlan: .* must have format fastattn\.sale\.1, got fastattn\.paro\.2"):
         SalePlan.load(tmp_path / "other.safetensors")

@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from . import _plan_file
+from ._permute import permute_tokens
 from .attention import attention
-from .block_list import BlockList
+from .block_list import KEYS_OF_BLOCKS, QUERIES_OF_BLOCKS, BlockList
 from .block_sparse_attention import block_sparse_attention
 from .quantize_tokens import Format
 from .quantized_attention import Values, quantized_attention
@@ -21,7 +22,7 @@ ORDERS = ("FHW", "FWH", "HFW", "HWF", "WFH", "WHF")
 """Orders of the axes of a video, frames, height and width, the outermost first. Tokens come as FHW."""
 
 
-FORMAT = "fastattn.paro.1"
+FORMAT = "fastattn.paro.2"
 
 
 @dataclass(frozen=True)
@@ -43,9 +44,9 @@ class ParoPlan:
 
     grid: tuple[int, int, int]  # frames, height, width
     text: int  # tokens before the video
-    block: int  # tokens in a block of queries, and of keys
+    block_size: tuple[int, int]  # queries and keys of a block
     orders: Tensor  # uint8 [buckets, layers, heads]: index into ORDERS
-    masks: Tensor  # uint8 [buckets, layers, heads, blocks, bytes]: key block j is bit j % 8 of byte j // 8
+    masks: Tensor  # uint8 [buckets, layers, heads, query blocks, bytes]: key block j is bit j % 8 of byte j // 8
 
     @property
     def seq(self) -> int:
@@ -59,26 +60,26 @@ class ParoPlan:
         return bucket_of(step, steps, len(self.orders))
 
     def mask(self, bucket: int, layer: int) -> Tensor:
-        """Bool ``[heads, blocks, blocks]``."""
-        return _unpack(self.masks[bucket, layer], -(-self.seq // self.block))
+        """Bool ``[heads, query blocks, key blocks]``."""
+        return _unpack(self.masks[bucket, layer], -(-self.seq // self.block_size[1]))
 
     def density(self, bucket: int, layer: int) -> Tensor:
         """The share of all scores that each head computes, float32 ``[heads]``."""
-        mask = self.mask(bucket, layer).double()
-        tokens = (self.seq - self.block * torch.arange(mask.shape[1])).clamp(max=self.block).double()
-        return (mask @ tokens @ tokens / self.seq**2).float()
+        queries, keys = (tokens_of_blocks(self.seq, size).double() for size in self.block_size)
+        return (self.mask(bucket, layer).double() @ keys @ queries / self.seq**2).float()
 
     def layer(self, layer: int, *, bucket: int = 0, device: torch.device | str = "cpu") -> ParoLayer:
         """To be made once, and used in each step of the bucket."""
         every = torch.stack([token_order(order, self.grid, self.text) for order in ORDERS])
         tokens = every[self.orders[bucket, layer].long()].to(device)
-        mask = _unpack(self.masks[bucket, layer].to(device), -(-self.seq // self.block))[None]
-        blocks = BlockList.from_mask(mask, seq_q=self.seq, seq_k=self.seq, block_size=(self.block, self.block))
+        mask = self.mask(bucket, layer)[None].to(device)
+        blocks = BlockList.from_mask(mask, seq_q=self.seq, seq_k=self.seq, block_size=self.block_size)
         return ParoLayer(tokens, tokens.argsort(), blocks)
 
     def save(self, path: Path | str) -> None:
-        """As safetensors: some ``seq² / (8 block²)`` bytes for each head. Needs ``pip install 'fastattn[plans]'``."""
-        numbers = {"grid": "x".join(map(str, self.grid)), "text": str(self.text), "block": str(self.block)}
+        """As safetensors: a bit for each block of each head. Needs ``pip install 'fastattn[plans]'``."""
+        sizes = {"grid": self.grid, "block_size": self.block_size}
+        numbers = {"text": str(self.text), **{name: "x".join(map(str, size)) for name, size in sizes.items()}}
         _plan_file.save(path, "ParoPlan", FORMAT, numbers, {"orders": self.orders, "masks": self.masks})
 
     @classmethod
@@ -90,8 +91,9 @@ class ParoPlan:
         """
         numbers, tensors = _plan_file.load(path, "ParoPlan", FORMAT)
         frames, height, width = map(int, numbers["grid"].split("x"))
-        shape = (frames, height, width)
-        return cls(shape, int(numbers["text"]), int(numbers["block"]), tensors["orders"], tensors["masks"])
+        queries, keys = map(int, numbers["block_size"].split("x"))
+        text = int(numbers["text"])
+        return cls((frames, height, width), text, (queries, keys), tensors["orders"], tensors["masks"])
 
 
 def paro_attention(
@@ -133,9 +135,10 @@ def paro_attention(
         options: dict[str, Any] = {"blocks": layer.blocks, "permutation": layer.tokens[None], "scale": scale}
         out: Tensor = quantized_attention(q, k, v, qk=qk, pv=pv, **options)
         return out
-    q, k, v = (_gather(x, layer.tokens) for x in (q, k, v))
+    tokens, places = layer.tokens[None], layer.places[None]
+    q, k, v = (permute_tokens(x, tokens, places) for x in (q, k, v))
     out = block_sparse_attention(q, k, v, layer.blocks, scale=scale)
-    return _gather(out, layer.places)
+    return permute_tokens(out, places, tokens)
 
 
 @torch.no_grad()
@@ -145,7 +148,7 @@ def calibrate_paro(
     grid: tuple[int, int, int],
     density: float,
     text: int = 0,
-    block: int = 64,
+    block_size: tuple[int, int] = (64, 64),
     by: Literal["error", "blocks"] = "error",
     alpha: float = 0.5,
     epsilon: float = 1e-3,
@@ -163,7 +166,8 @@ def calibrate_paro(
         grid: frames, height and width of the video, in tokens.
         density: the share of blocks without text to keep, in (0, 1]; the best of each row is kept besides.
         text: tokens before the video's.
-        block: tokens in a block, 64 or 128.
+        block_size: queries and keys of a block, as in ``BlockList``. On a GPU (128, 128) is faster than (64, 64), and
+            (192, 128) than that at head_dim 64 with values of 16 bits.
         by: what the order is chosen by. "error": the relative error of the output over the kept blocks. "blocks": the
             paper's objective, ``alpha`` · (1 − share of sparse blocks) + (1 − ``alpha``) · incoherence, each divided by
             its sum over the orders. (As printed, in 4.1, it would be smallest where the fewest blocks are sparse.)
@@ -180,13 +184,16 @@ def calibrate_paro(
         raise ValueError(f"calibrate_paro: alpha must be in [0, 1], got {alpha}")
     if not 0 < density <= 1:
         raise ValueError(f"calibrate_paro: density must be in (0, 1], got {density}")
-    if block not in (64, 128):
-        raise ValueError(f"calibrate_paro: block must be 64 or 128, got {block}")
+    if block_size[0] not in QUERIES_OF_BLOCKS or block_size[1] not in KEYS_OF_BLOCKS:
+        raise ValueError(
+            f"calibrate_paro: block_size must be one of {QUERIES_OF_BLOCKS} queries and one of {KEYS_OF_BLOCKS} keys, "
+            f"got {tuple(block_size)}"
+        )
     if by not in ("error", "blocks"):
         raise ValueError(f"calibrate_paro: by must be 'error' or 'blocks', got {by!r}")
     orders = [token_order(order, grid, text) for order in ORDERS]
     seq = len(orders[0])
-    first_dense = (seq - text) // block if text > 0 else -(-seq // block)
+    video = tuple((seq - text) // size if text > 0 else -(-seq // size) for size in block_size)
 
     def layer_of(tensors: Iterable[tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         sums: list[Tensor | float] = [0.0] * len(ORDERS)
@@ -202,11 +209,11 @@ def calibrate_paro(
             found = []
             for i, order in enumerate(orders):
                 tokens = order.to(q.device)
-                of_blocks = block_statistics(q[:, tokens], k[:, tokens], lse[:, :, tokens], factor, block, epsilon)
+                of_blocks = block_statistics(q[:, tokens], k[:, tokens], lse[:, :, tokens], factor, block_size, epsilon)
                 sums[i] = sums[i] + of_blocks.sum
                 if by == "error":
-                    mask = _mask(of_blocks.sum, density, first_dense)
-                    found.append(_error(q, k, v, out, tokens, mask, block, factor))
+                    mask = _mask(of_blocks.sum, density, video)
+                    found.append(_error(q, k, v, out, tokens, mask, block_size, factor))
                 else:
                     found.append(torch.stack([1 - of_blocks.sparse(sparse_share), of_blocks.incoherence]))
             cost = torch.stack(found)  # [orders, heads], or [orders, 2, heads]
@@ -216,7 +223,7 @@ def calibrate_paro(
             costs.append(cost)
         choice = torch.stack(costs).mean(0).argmin(0)  # [heads]
         chosen = torch.stack([x for x in sums if isinstance(x, Tensor)])[choice, torch.arange(len(choice))]
-        return choice.to("cpu", torch.uint8), _pack(_mask(chosen, density, first_dense)).cpu()
+        return choice.to("cpu", torch.uint8), _pack(_mask(chosen, density, video)).cpu()
 
     layers: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
     for at, group in groupby(samples, key=lambda x: (x[0], x[1])):
@@ -235,7 +242,7 @@ def calibrate_paro(
             [torch.stack([layers[bucket, layer][part] for layer in range(depth)]) for bucket in range(buckets)]
         )
 
-    return ParoPlan(grid, text, block, table(0), table(1))
+    return ParoPlan(grid, text, block_size, table(0), table(1))
 
 
 def bucket_of(step: int, steps: int, buckets: int) -> int:
@@ -252,12 +259,12 @@ def token_order(order: str, grid: tuple[int, int, int], text: int = 0) -> Tensor
 
 @dataclass(frozen=True)
 class BlockStatistics:
-    """Of attention weights, for each head and block, ``[heads, blocks, blocks]``; of a batch, the mean but of max."""
+    """Of attention weights, ``[heads, query blocks, key blocks]``; of a batch, the mean but of max."""
 
     sum: Tensor
     max: Tensor
     small: Tensor  # how many are below epsilon
-    count: Tensor  # [blocks, blocks]: how many there are
+    count: Tensor  # [query blocks, key blocks]: how many there are
 
     def sparse(self, share: float) -> Tensor:
         """``[heads]``: the share of blocks in which so many weights are small."""
@@ -272,32 +279,45 @@ class BlockStatistics:
 
 
 def block_statistics(
-    q: Tensor, k: Tensor, lse: Tensor, scale: float, block: int, epsilon: float, scores: int = 1 << 24
+    q: Tensor, k: Tensor, lse: Tensor, scale: float, block_size: tuple[int, int], epsilon: float, scores: int = 1 << 24
 ) -> BlockStatistics:
     """Of ``exp(scale · q kᵀ − lse)``, of which no more than about ``scores`` are held at a time."""
     batch, seq, heads, _ = q.shape
-    blocks = -(-seq // block)
-    rows = max(scores // max(batch * heads * seq, 1) // block, 1) * block
+    queries_of_block, keys_of_block = block_size
+    rows = max(scores // max(batch * heads * seq, 1) // queries_of_block, 1) * queries_of_block
     keys = k.float()
     parts = []
     for begin in range(0, seq, rows):
         end = min(begin + rows, seq)
         logits = scale * torch.einsum("bqhd,bkhd->bhqk", q[:, begin:end].float(), keys)
         weights = (logits - lse[:, :, begin:end, None]).exp()
-        filled = pad(weights, (0, blocks * block - seq, 0, -(end - begin) % block))
-        cells = filled.unflatten(2, (-1, block)).unflatten(4, (-1, block))  # [batch, heads, rows, block, blocks, block]
+        filled = pad(weights, (0, -seq % keys_of_block, 0, -(end - begin) % queries_of_block))
+        cells = filled.unflatten(2, (-1, queries_of_block)).unflatten(4, (-1, keys_of_block))
         parts.append((cells.sum((0, 3, 5)), cells.amax((0, 3, 5)), (cells < epsilon).sum((0, 3, 5))))
     total, largest, small = (torch.cat(x, dim=1) for x in zip(*parts, strict=True))
-    tokens = (seq - torch.arange(blocks, device=q.device) * block).clamp(max=block)
-    count = tokens[:, None] * tokens
-    return BlockStatistics(total / batch, largest, small / batch - (block * block - count), count)
+    queries, keys = (tokens_of_blocks(seq, size).to(q.device) for size in block_size)
+    count = queries[:, None] * keys
+    filling = queries_of_block * keys_of_block - count
+    return BlockStatistics(total / batch, largest, small / batch - filling, count)
+
+
+def tokens_of_blocks(seq: int, size: int) -> Tensor:
+    """How many tokens each block of that size has, int64 ``[blocks]``; the last may have fewer."""
+    return (seq - torch.arange(0, seq, size)).clamp(max=size)
 
 
 def _error(
-    q: Tensor, k: Tensor, v: Tensor, out: Tensor, tokens: Tensor, mask: Tensor, block: int, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    tokens: Tensor,
+    mask: Tensor,
+    block_size: tuple[int, int],
+    scale: float,
 ) -> Tensor:
     """``[heads]``: what the output over the blocks of a mask is off, relative and in norm."""
-    blocks = BlockList.from_mask(mask[None], seq_q=len(tokens), seq_k=len(tokens), block_size=(block, block))
+    blocks = BlockList.from_mask(mask[None], seq_q=len(tokens), seq_k=len(tokens), block_size=block_size)
     sparse = block_sparse_attention(q[:, tokens], k[:, tokens], v[:, tokens], blocks, scale=scale)
 
     def norm(x: Tensor) -> Tensor:
@@ -307,22 +327,18 @@ def _error(
     return norm(sparse.float() - out[:, tokens].float()) / norm(out.float()).clamp(min=1e-30)
 
 
-def _mask(sums: Tensor, density: float, first_dense: int) -> Tensor:
-    """Of the blocks before ``first_dense`` those with the greatest sums, and the greatest of each row; all others."""
-    video = sums[:, :first_dense, :first_dense]
-    flat = video.flatten(1)
+def _mask(sums: Tensor, density: float, video: tuple[int, ...]) -> Tensor:
+    """Of blocks of video, so many of queries and of keys, the greatest, and the best of each row; all others."""
+    rows, columns = video
+    of_video = sums[:, :rows, :columns]
+    flat = of_video.flatten(1)
     best = flat.topk(round(density * flat.shape[1])).indices
-    chosen = torch.zeros_like(flat, dtype=torch.bool).scatter_(1, best, True).view(video.shape)
-    if first_dense > 0:
-        chosen.scatter_(2, video.argmax(2, keepdim=True), True)
+    chosen = torch.zeros_like(flat, dtype=torch.bool).scatter_(1, best, True).view(of_video.shape)
+    if of_video.numel() > 0:
+        chosen.scatter_(2, of_video.argmax(2, keepdim=True), True)
     mask = torch.ones_like(sums, dtype=torch.bool)
-    mask[:, :first_dense, :first_dense] = chosen
+    mask[:, :rows, :columns] = chosen
     return mask
-
-
-def _gather(x: Tensor, index: Tensor) -> Tensor:
-    """``x[b, index[h, i], h]`` for each batch entry b, place i and head h."""
-    return x.gather(1, index.t()[None, :, :, None].expand(x.shape))
 
 
 def _pack(mask: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ MOST_HEADS = 12
 
 @dataclass(frozen=True)
 class Weights:
-    """Attention weights of blocks, ``[blocks, blocks]``: their mean over that of uniform attention."""
+    """Attention weights of blocks, ``[query blocks, key blocks]``: their mean over that of uniform attention."""
 
     as_they_come: Tensor
     in_order: Tensor
@@ -31,7 +31,7 @@ class Weights:
 
 @dataclass(frozen=True)
 class Head:
-    """What a plan makes of a head; blocks are ``[blocks, blocks]``."""
+    """What a plan makes of a head; blocks are ``[query blocks, key blocks]``."""
 
     head: int
     order: str
@@ -60,14 +60,14 @@ def run(
         if not 0 <= value < counts[name]:
             raise ValueError(f"{name} must be in 0 ... {counts[name] - 1}, got {value}")
     shown = look(plan, bucket, layer, chosen, _load(samples, plan) if samples else None)
-    text = f" after {plan.text} of text" if plan.text else ""
+    text, blocks = f" after {plan.text} of text" if plan.text else "", f"blocks of {by_axis(plan.block_size)}"
     console.print(
-        f"{by_axis(plan.grid)} video tokens{text}, blocks of {plan.block}, bucket {bucket} of {counts['bucket']}",
+        f"{by_axis(plan.grid)} video tokens{text}, {blocks}, bucket {bucket} of {counts['bucket']}",
         highlight=False,
     )
     console.print(_layers(plan, bucket))
     console.print(_heads(plan, bucket, layer, {head.head: head for head in shown}))
-    picture = draw(shown, f"{path.name}: bucket {bucket}, layer {layer}, blocks of {plan.block} tokens")
+    picture = draw(shown, f"{path.name}: bucket {bucket}, layer {layer}, {blocks}")
     output.parent.mkdir(parents=True, exist_ok=True)
     picture.savefig(output, dpi=150)
     console.print(f"{output}: heads {', '.join(map(str, chosen))}", highlight=False, soft_wrap=True)
@@ -82,24 +82,29 @@ def look(
     for head in heads:
         order, mask = ORDERS[plan.orders[bucket, layer, head]], masks[head].float()
         tokens, natural = token_order(order, plan.grid, plan.text), torch.arange(plan.seq)
-        blocks = len(mask)
-        cells = tokens // plan.block * blocks + natural // plan.block
-        shared = torch.bincount(cells, minlength=blocks * blocks).view(blocks, blocks).float()
-        shared /= shared.sum(1, keepdim=True)  # of the tokens of a block as they come, those in each block of the order
+        of_queries, of_keys = (_shared(natural, tokens, size) for size in plan.block_size)
         weights = None
         if sample is not None:
             q, k = (x[:, :, head : head + 1] for x in sample)
-            before, after = (_statistics(q[:, at], k[:, at], plan.block) for at in (natural, tokens))
+            before, after = (_statistics(q[:, at], k[:, at], plan.block_size) for at in (natural, tokens))
             as_they_come, in_order = (of.sum[0] / of.count * plan.seq for of in (before, after))
             weights = Weights(as_they_come, in_order, float((after.sum[0] * mask).sum() / plan.seq))
-        found.append(Head(head, order, float(densities[head]), shared @ mask @ shared.T, mask, weights))
+        found.append(Head(head, order, float(densities[head]), of_queries @ mask @ of_keys.T, mask, weights))
     return found
 
 
-def _statistics(q: Tensor, k: Tensor, block: int) -> BlockStatistics:
+def _shared(natural: Tensor, tokens: Tensor, size: int) -> Tensor:
+    """The share of each block of tokens as they come that lies in each block of their order."""
+    blocks = -(-len(tokens) // size)
+    cells = tokens // size * blocks + natural // size
+    shared = torch.bincount(cells, minlength=blocks * blocks).view(blocks, blocks).float()
+    return shared / shared.sum(1, keepdim=True)
+
+
+def _statistics(q: Tensor, k: Tensor, block_size: tuple[int, int]) -> BlockStatistics:
     scale = q.shape[3] ** -0.5
     _, lse = attention(q, k, k, scale=scale, return_lse=True)
-    return block_statistics(q, k, lse, scale, block, epsilon=0.0)
+    return block_statistics(q, k, lse, scale, block_size, epsilon=0.0)
 
 
 def _load(path: Path, plan: ParoPlan) -> tuple[Tensor, Tensor]:

@@ -175,7 +175,7 @@ def calibrate_model(
     rows = [[parts[bucket, layer] for layer in layers] for bucket in range(buckets)]
     orders = torch.cat([torch.cat([part.orders for part in row], 1) for row in rows])
     masks = torch.cat([torch.cat([part.masks for part in row], 1) for row in rows])
-    return ParoPlan(*videos[0], parts[0, 0].block, orders, masks)
+    return ParoPlan(*videos[0], parts[0, 0].block_size, orders, masks)
 
 
 def _attach(model: nn.Module, begin: _Begin, buckets: int, scheduler: Any) -> ExitStack:
