@@ -38,7 +38,7 @@ SMALL = {
         "b1_9x13_h2_d8_w3x4_dil2x3_causal01",
         "b1_40_h1_d8_w7_s4",
     ],
-    "paro_attention": ["b1_2x9x13_text30_h7_d64_keep40", "b2_3x8x9_h2_d64_keep50_int8_bf16"],
+    "paro_attention": ["b1_2x9x13_text30_h7_d64_blocks64x128_keep40", "b2_3x8x9_h2_d64_blocks192x128_keep50_int8_bf16"],
     "quantized_attention": [
         "b2_s50x70_h4_kv2_d8_causal_int8_int8",
         "b1_s40_h2_d8_window9_fp8_fp8_kernel",
@@ -46,7 +46,7 @@ SMALL = {
         "b1_s200_h2_d8_blocks128x64_keep40_int4_bf16_kernel",
         "b1_s200_h2_d8_int4_int8",
     ],
-    "sale_attention": ["b1_s150_h4_kv2_d64_tau0_bits8", "b2_s300_h2_d64_tau0_stride4"],  # dense
+    "sale_attention": ["b1_s150_h4_kv2_d64_tau0_bits8", "b2_s300_h2_d64_theta0_stride4"],  # dense
     "sigmoid_attention": ["b2_s5x7_h4_kv2_d8_causal", "b1_s4x9_h2_d8"],
 }
 ROUNDING = {"quantized_attention": 0.3, "paro_attention": 0.03}
