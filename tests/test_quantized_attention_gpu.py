@@ -19,7 +19,7 @@ GPU_ERROR = {"int8": 4e-3, "fp8": 8e-3, "bf16": 5e-3}
 LSE_ERROR = 1e-4
 FP8_LSE_ERROR = 2**-11
 on_gpu = pytest.mark.gpu
-each_gpu_format = pytest.mark.parametrize(("qk", "pv"), GPU_FORMATS, ids="-".join)
+each_gpu_format = pytest.mark.parametrize(("qk", "pv"), GPU_FORMATS, ids=["-".join(x) for x in GPU_FORMATS])
 
 
 def assert_gpu_agrees(

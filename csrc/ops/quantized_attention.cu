@@ -67,6 +67,66 @@ Status run(const QuantizedAttention& p, const typename Variant::Schedule& schedu
                                     {p.q, p.k, p.v, schedule, Variant::kScore, epilogue, p.workspace, scales}, stream);
 }
 
+// Tokens of the result that no entry of the order names get zeros. To clear the whole result before would take twenty
+// times as long.
+struct UnnamedTokens {
+  Permutation order;
+  TensorView out;
+  float* lse;
+  bool* named;  // like the order: whether an entry names the token
+
+  static std::int64_t size(const QuantizedAttention& p) {
+    return p.order.order == nullptr ? 0 : p.order.batch * p.order.heads * p.out.seq();
+  }
+};
+
+constexpr int kHelperThreads = 256;
+
+__global__ void __launch_bounds__(kHelperThreads) name_kernel(const __grid_constant__ UnnamedTokens p) {
+  const std::int64_t seq = p.out.seq(), entry = std::int64_t{blockIdx.x} * kHelperThreads + threadIdx.x;
+  if (entry < p.order.batch * p.order.heads * seq) {
+    const int token = p.order.order[entry];
+    if (0 <= token && token < seq) {
+      p.named[entry / seq * seq + token] = true;
+    }
+  }
+}
+
+// A thread for each row of the result.
+__global__ void __launch_bounds__(kHelperThreads) clear_kernel(const __grid_constant__ UnnamedTokens p) {
+  const std::int64_t seq = p.out.seq(), row = std::int64_t{blockIdx.x} * kHelperThreads + threadIdx.x;
+  const std::int64_t head = row / seq, token = row % seq, b = head / p.out.heads(), h = head % p.out.heads();
+  if (b >= p.out.batch() || p.named[p.order.index(b, h) * seq + token]) {
+    return;
+  }
+  auto* const values = p.out.row<std::uint16_t>(b, token, h);
+  for (std::int64_t i = 0; i < p.out.head_dim(); ++i) {
+    values[i] = 0;  // of either type
+  }
+  if (p.lse != nullptr) {
+    p.lse[row] = 0.f;
+  }
+}
+
+Status clear_unnamed(const QuantizedAttention& p, Stream stream) {
+  const std::int64_t entries = UnnamedTokens::size(p), rows = p.out.batch() * p.out.heads() * p.out.seq();
+  if (entries == 0) {
+    return {};
+  }
+  if (p.workspace == nullptr) {
+    return failure("quantized_attention: workspace has no data");
+  }
+  const UnnamedTokens tokens{p.order, p.out, p.lse, static_cast<bool*>(p.workspace) + kForwardWorkspace};
+  Status status = sm90::clear(tokens.named, entries, stream);
+  if (status.ok()) {
+    status =
+        sm90::launch(name_kernel, ceil_div<std::int64_t>(entries, kHelperThreads), kHelperThreads, 0, stream, tokens);
+  }
+  return status.ok() ? sm90::launch(clear_kernel, ceil_div<std::int64_t>(rows, kHelperThreads), kHelperThreads, 0,
+                                    stream, tokens)
+                     : status;
+}
+
 // What is compiled: integers with any values, and e4m3 throughout.
 template <class Schedule>
 Status run_on(const QuantizedAttention& p, const Schedule& schedule, Stream stream) {
@@ -102,7 +162,14 @@ Status quantized_attention(const QuantizedAttention& p, Stream stream) {
     return failure("%s: head_dim must be a multiple of 16 on the GPU, got %lld", kOp,
                    static_cast<long long>(p.q.head_dim()));
   }
+  if (const Status status = clear_unnamed(p, stream); !status.ok()) {
+    return status;
+  }
   return p.blocks ? run_on(p, *p.blocks, stream) : run_on(p, band_of(p), stream);
+}
+
+std::size_t quantized_attention_workspace(const QuantizedAttention& p, Stream) {
+  return kForwardWorkspace + UnnamedTokens::size(p) * sizeof(bool);
 }
 
 }  // namespace fastattn

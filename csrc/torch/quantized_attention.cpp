@@ -74,15 +74,11 @@ std::tuple<Tensor, Tensor> quantized_attention(Tensor q, Tensor q_scales, Tensor
   problem.order = call.permutation("order", order, batch, seq_q, heads);
 
   const Place place(q);
-  // An order that names a token twice leaves another one's row to nobody.
-  const auto result = [&](const Shape& shape, ScalarType type) {
-    return order ? torch::stable::new_zeros(q, shape, type) : torch::stable::new_empty(q, shape, type);
-  };
-  const Tensor out = result({batch, seq_q, heads, dim}, out_type);
-  const Tensor lse = result({batch, heads, seq_q}, ScalarType::Float);
-  const Workspace workspace(q, Place::kForwardWorkspace);
+  const Tensor out = torch::stable::new_empty(q, Shape{batch, seq_q, heads, dim}, out_type);
+  const Tensor lse = torch::stable::new_empty(q, Shape{batch, heads, seq_q}, ScalarType::Float);
   problem.out = view(out);
   problem.lse = lse.mutable_data_ptr<float>();
+  const Workspace workspace(q, quantized_attention_workspace(problem, place.executor));
   problem.workspace = workspace.address();
   require(fastattn::quantized_attention(problem, place.executor));
   return {out, lse};

@@ -215,9 +215,13 @@ struct Permutation {
   const std::int32_t* order = nullptr;  // null: as they are
   std::int64_t batch = 1, heads = 1;
 
-  // That of head (b, h); null: as they are.
+  // Which one is that of head (b, h).
+  FASTATTN_HD std::int64_t index(std::int64_t b, std::int64_t h) const {
+    return (batch == 1 ? 0 : b) * heads + (heads == 1 ? 0 : h);
+  }
+  // Its entries; null: as they are.
   FASTATTN_HD const std::int32_t* row(std::int64_t b, std::int64_t h, std::int64_t tokens) const {
-    return order == nullptr ? nullptr : order + ((batch == 1 ? 0 : b) * heads + (heads == 1 ? 0 : h)) * tokens;
+    return order == nullptr ? nullptr : order + index(b, h) * tokens;
   }
 };
 
@@ -272,10 +276,13 @@ struct QuantizedAttention {
   float scale = 1.f;
   Window window;
   std::optional<BlockLists> blocks;  // instead of the window
-  Permutation order;                 // row i of the result is token order[i] of `out` and `lse`, if there is such
-  void* workspace = nullptr;         // kForwardWorkspace bytes
+  // Row i of the result is token order[i] of `out` and `lse`, if there is such; a token that none names gets zeros.
+  Permutation order;
+  void* workspace = nullptr;  // quantized_attention_workspace(…) bytes
 };
 
+std::size_t quantized_attention_workspace(const QuantizedAttention& problem, const Threads& threads);
+std::size_t quantized_attention_workspace(const QuantizedAttention& problem, Stream stream);
 Status quantized_attention(const QuantizedAttention& problem, const Threads& threads);
 Status quantized_attention(const QuantizedAttention& problem, Stream stream);
 
