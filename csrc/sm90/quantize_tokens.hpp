@@ -281,7 +281,7 @@ FASTATTN_HD constexpr int num_chunks(int tokens) { return ceil_div(tokens, chunk
 template <class Element, int kHeadDim>
 struct TokenSurvey {
   static constexpr int kLanes = kHeadDim / kUnit, kRows = kTokenThreads / kLanes;
-  static constexpr int kAhead = 4;  // tokens that are read before the first of them counts
+  static constexpr int kAhead = 8;  // tokens that are read before the first of them counts
 
   struct Shared {
     ChannelSurvey of[kRows][kHeadDim];  // channel c at place(c): what neighbours write at once lies side by side
