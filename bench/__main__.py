@@ -158,7 +158,7 @@ def main(
         for dtype in chosen_dtypes:
             for its_op, each in chosen:
                 progress.update(task, description=f"{its_op.name} {each.name} {dtype}")
-                its_modes = [mode for mode in chosen_modes if mode in its_op.modes]
+                its_modes = [mode for mode in chosen_modes if mode in its_op.modes_of(each)]
                 new = measure(its_op, each, dtype, its_modes, racing[its_op.name], where, seconds)
                 path = records.path(output, its_op.name, machine)
                 records.merge(path, [m.record(machine, commit) for m in new if OURS in m.times])

@@ -55,8 +55,8 @@ const AddOp<BandCase, AttentionProblem> kOp{
         "b8_s128_h8_d64",
         "b1_s4096_h8_kv2_d64_causal",
     },
-    // Eight dense cases of 16,384 tokens and hidden size 2048, then short sequences, grouped heads and a sliding
-    // window.
+    // Eight dense cases of 16,384 tokens and hidden size 2048, then short sequences, images, grouped heads, a sliding
+    // window and other sizes of heads.
     {
         "b4_s4096_h32_d64",
         "b4_s4096_h32_d64_causal",
@@ -68,9 +68,24 @@ const AddOp<BandCase, AttentionProblem> kOp{
         "b1_s16384_h16_d128_causal",
         "b32_s512_h32_d64_causal",
         "b32_s512_h16_d128_causal",
+        "b16_s1024_h32_d64_causal",
+        "b16_s1024_h16_d128_causal",
+        "b8_s2048_h16_d128_causal",
+        "b4_s4113_h16_d128_causal",
+        "b64_s197_h16_d64",
+        "b64_s577_h16_d64",
+        "b2_s8192_h64_kv8_d128_causal",
+        "b2_s8192_h32_kv4_d128_causal",
         "b2_s8192_h32_kv8_d64_causal",
         "b2_s8192_h32_kv8_d128_causal",
         "b1_s16384_h16_d128_window1024",
+        "b4_s4096_h8_d256",
+        "b4_s4096_h8_d256_causal",
+        "b1_s16384_h8_d256",
+        "b1_s16384_h8_d256_causal",
+        "b1_s16384_h64_d32",
+        "b1_s16384_h20_d96_causal",
+        "b1_s16384_h10_d192",
     },
     {
         "b1_s130_h2_d64",
@@ -81,6 +96,21 @@ const AddOp<BandCase, AttentionProblem> kOp{
         "b2_s200_h80_d128_causal",
         "b1_s200x333_h4_kv2_d128_causal",
         "b1_s257_h2_d128_window100",
+        "b1_s300x333_h4_kv2_d32_causal",
+        "b1_s257_h2_d96_window100",
+        "b1_s200x333_h4_kv2_d192_causal",
+        "b2_s200_h80_d256_causal",
+    },
+    true,
+    {
+        // for which a GPU has no backward yet
+        "b4_s4096_h8_d256",
+        "b4_s4096_h8_d256_causal",
+        "b1_s16384_h8_d256",
+        "b1_s16384_h8_d256_causal",
+        "b1_s16384_h10_d192",
+        "b1_s200x333_h4_kv2_d192_causal",
+        "b2_s200_h80_d256_causal",
     },
 };
 

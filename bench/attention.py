@@ -151,6 +151,15 @@ DENSE_GPU_CASES = (
     "b1_s16384_h16_d128_causal",
 )
 
+# For which a GPU has no backward yet.
+FORWARD_GPU_CASES = (
+    "b4_s4096_h8_d256",
+    "b4_s4096_h8_d256_causal",
+    "b1_s16384_h8_d256",
+    "b1_s16384_h8_d256_causal",
+    "b1_s16384_h10_d192",
+)
+
 OP = Op(
     name="attention",
     kind=BandCase,
@@ -167,13 +176,25 @@ OP = Op(
     },
     cases={
         "cpu": ("b1_s4096_h8_d64", "b1_s4096_h8_d64_causal", "b8_s128_h8_d64", "b1_s4096_h8_kv2_d64_causal"),
-        "cuda": (  # then short sequences, grouped heads and a sliding window
+        "cuda": (  # then short sequences, images, grouped heads, a sliding window and other sizes of heads
             *DENSE_GPU_CASES,
             "b32_s512_h32_d64_causal",
             "b32_s512_h16_d128_causal",
+            "b16_s1024_h32_d64_causal",
+            "b16_s1024_h16_d128_causal",
+            "b8_s2048_h16_d128_causal",
+            "b4_s4113_h16_d128_causal",
+            "b64_s197_h16_d64",
+            "b64_s577_h16_d64",
+            "b2_s8192_h64_kv8_d128_causal",
+            "b2_s8192_h32_kv4_d128_causal",
             "b2_s8192_h32_kv8_d64_causal",
             "b2_s8192_h32_kv8_d128_causal",
             "b1_s16384_h16_d128_window1024",
+            "b1_s16384_h64_d32",
+            "b1_s16384_h20_d96_causal",
+            *FORWARD_GPU_CASES,
         ),
     },
+    forward_cases=FORWARD_GPU_CASES,
 )

@@ -157,3 +157,8 @@ class Op:
     """Names of the listed cases, for each type of device; the C++ program lists the same."""
     modes: tuple[str, ...] = MODES
     """What there is to measure."""
+    forward_cases: tuple[str, ...] = ()
+    """Listed cases of which there is a forward alone."""
+
+    def modes_of(self, case: Case) -> tuple[str, ...]:
+        return ("fwd",) if case.name in self.forward_cases else self.modes

@@ -3,6 +3,7 @@
 
 #include <map>
 #include <memory>
+#include <set>
 #include <string>
 #include <utility>
 #include <vector>
@@ -17,6 +18,7 @@ struct Op {
   std::vector<const char*> cpu_cases, cuda_cases;  // `python -m bench` lists the same
   std::vector<const char*> small_cases;  // with ragged tiles: sanitizers are slow, and errors sit at the edges
   bool has_backward;
+  std::set<std::string> forward_cases;  // those of the lists of which there is a forward alone
   std::unique_ptr<Case> (*parse)(const std::string& name);
   std::unique_ptr<Problem> (*problem)(const Device& device, const Case& shape, fastattn::DType dtype);
 };
@@ -30,11 +32,12 @@ inline std::map<std::string, Op>& ops() {
 template <class CaseClass, class ProblemClass>
 struct AddOp {
   AddOp(const char* name, std::vector<const char*> cpu_cases, std::vector<const char*> cuda_cases,
-        std::vector<const char*> small_cases, bool has_backward = true) {
+        std::vector<const char*> small_cases, bool has_backward = true, std::set<std::string> forward_cases = {}) {
     ops()[name] = {std::move(cpu_cases),
                    std::move(cuda_cases),
                    std::move(small_cases),
                    has_backward,
+                   std::move(forward_cases),
                    [](const std::string& text) -> std::unique_ptr<Case> { return std::make_unique<CaseClass>(text); },
                    [](const Device& device, const Case& shape, fastattn::DType dtype) -> std::unique_ptr<Problem> {
                      return std::make_unique<ProblemClass>(device, static_cast<const CaseClass&>(shape), dtype);

@@ -10,6 +10,7 @@ from torch import Tensor
 from fastattn import reference
 
 MAX_HEAD_DIM = {"cpu": 256, "cuda": 128}
+"""Of gradients; on a GPU, `attention`'s forward has 256 too."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,12 @@ CASES = [
     *(Case(length, length, batch=1, heads=2, kv_heads=2, causal=length % 2 == 1) for length in EDGES),
     *(
         Case(130, 130, batch=1, heads=2, kv_heads=1, head_dim=d)
-        for d in (8, 16, 24, 40, 64, 72, 96, 128, 136, 192, 256)
+        for d in (8, 16, 24, 32, 40, 64, 72, 96, 128, 136, 192, 200, 256)
+    ),
+    *(
+        Case(257, length, batch=1, heads=2, kv_heads=1, head_dim=d, causal=True)
+        for d in (32, 96, 192, 256)
+        for length in (257, 300, 383, 385)
     ),
     Case(150, 150, heads=8, kv_heads=2),
     Case(150, 150, heads=6, kv_heads=1, causal=True),

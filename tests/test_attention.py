@@ -18,15 +18,14 @@ def ours(case: Case):
 def test_values_and_gradients(case: Case, place) -> None:
     """At most twice the error of the plain formula in the same precision; the LSE always as in float32."""
     device, dtype = place
-    if case.head_dim > MAX_HEAD_DIM[device]:
-        pytest.skip(f"head_dim {case.head_dim} is not supported on {device}")
     inputs, cotangents = case.inputs(device, dtype), case.cotangents(device, dtype)
-    results = run(ours(case), inputs, cotangents)
+    has_gradients = case.head_dim <= MAX_HEAD_DIM[device]
+    results = run(ours(case), inputs, cotangents) if has_gradients else ours(case)(*inputs)
     exact = expected(case, inputs, cotangents)
     rivals = plain(case, inputs, cotangents)
     assert results[1].dtype == torch.float32
     slack = 1e-5 if dtype == torch.float32 else 1e-4  # a row of one key: dS is the difference of equal numbers
-    for name, result, truth, rival in zip(NAMES, results, exact, rivals, strict=True):
+    for name, result, truth, rival in zip(NAMES, results, exact, rivals, strict=has_gradients):
         error = relative_error(result, truth)
         allowed = 1e-5 if name == "lse" else 2 * relative_error(rival, truth) + slack
         assert error <= allowed, f"{name}: error {error:.2e}, allowed {allowed:.2e}"

@@ -46,9 +46,9 @@ sanitizer() {
     [[ $tool == racecheck ]] && target=$racecheck || target=$program
     for mode in fwd bwd; do
       for op in $("$program" --ops --device cuda --mode "$mode"); do
-        for dim in 64 128; do
-          run "$tool.$op.$mode.d$dim" compute-sanitizer --tool "$tool" --error-exitcode 9 \
-            "$target" --device cuda --seconds 0 --check --op "$op" --mode "$mode" --small --filter "_d$dim"
+        for dim in $("$program" --list --device cuda --op "$op" --mode "$mode" --small | grep -oE '_d[0-9]+' | sort -u); do
+          run "$tool.$op.$mode$dim" compute-sanitizer --tool "$tool" --error-exitcode 9 \
+            "$target" --device cuda --seconds 0 --check --op "$op" --mode "$mode" --small --filter "$dim(_|\$)"
         done
       done
     done

@@ -183,12 +183,13 @@ template <class Tile, int kRegisters>
 __device__ inline void store_packed(const std::uint32_t (&operand)[kRegisters], Tile& tile, int first_row, int thread) {
   // Lane l addresses row l % 16 of its warp's sixteen, in the left (l < 16) or right half of sixteen columns.
   const int lane = thread % 32, row = first_row + thread / 32 * 16 + lane % 16;
-  std::uint32_t address = tile.address() + row * kPanelRowBytes + (lane / 16 ^ row % 8) * 16;
+  constexpr int kSteps = Tile::kUnits / 2;  // of sixteen columns, in a panel
+  std::uint32_t address = tile.address() + Tile::unit_offset(row, lane / 16);
   // Computed here in every iteration of a loop: hoisted, the addresses would cost registers that the products need.
   asm volatile("" : "+r"(address));
 #pragma unroll
   for (int i = 0; i < kRegisters / 4; ++i) {
-    const std::uint32_t at = (address ^ i % 4 * 32) + i / 4 * Tile::kPanelBytes;
+    const std::uint32_t at = (address ^ i % kSteps * 32) + i / kSteps * Tile::kPanelBytes;
     asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(at), "r"(operand[4 * i]),
                  "r"(operand[4 * i + 1]), "r"(operand[4 * i + 2]), "r"(operand[4 * i + 3])
                  : "memory");

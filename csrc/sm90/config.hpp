@@ -9,7 +9,8 @@ struct Config {
   int head_dim;  // of the tiles in shared memory; a tensor's own may be smaller
   TileShape tile;
   int stages;
-  int warpgroups;  // consumers; one more warpgroup produces
+  int warpgroups;        // consumers; one more warpgroup produces
+  int query_stages = 2;  // of a forward: one in use, one on its way
 
   // What a block is launched with is shared out anew: 168 registers for each thread of three warpgroups become 24 and
   // 2 · 240, 128 of four 32 and 3 · 160, 96 of five 24 and 4 · 112. Asking for more than there are waits forever.

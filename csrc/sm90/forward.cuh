@@ -45,7 +45,7 @@ struct ForwardKernel {
   static constexpr TileShape kTile = kConfig.tile;
   static constexpr int kHeadDim = kConfig.head_dim;
   static constexpr int kStages = kConfig.stages;
-  static constexpr int kQueryStages = 2;  // one in use, one on its way
+  static constexpr int kQueryStages = kConfig.query_stages;
   static constexpr int kWarpgroups = kConfig.warpgroups;
   static_assert(kTile.q == kWarpgroups * kWarpgroupRows && kTile.k <= 256);  // 64 scores of a row in each lane
 

@@ -12,14 +12,15 @@
 namespace fastattn::sm90 {
 
 // Rounds the accumulator of one warpgroup and writes its 64 rows to the tokens token_of(row) of a head, from column
-// `first_column` on, by way of rows [first_row, first_row + 64) of `staging`: eight lanes write 128 consecutive bytes.
+// `first_column` on, by way of rows [first_row, first_row + 64) of `staging`: the lanes of a panel's row write
+// its consecutive bytes.
 // Rows with token −1 and columns past the head's are not written. Named barrier `barrier` is used, by this warpgroup
 // alone.
 template <class Element, class Tile, int kCount, class TokenOf>
 __device__ void store_rows(const float (&value)[kCount], Tile& staging, int first_row, int thread, int barrier,
                            const TensorView& to, std::int64_t batch, std::int64_t head, int first_column,
                            TokenOf&& token_of) {
-  constexpr int kUnits = kPanelRowBytes / 16, kElements = 16 / sizeof(Element);
+  constexpr int kUnits = Tile::kUnits, kElements = 16 / sizeof(Element);
   std::uint32_t rounded[kCount / 2];
   pack<Element>(value, rounded);
   store_packed(rounded, staging, first_row, thread);
@@ -38,8 +39,8 @@ __device__ void store_rows(const float (&value)[kCount], Tile& staging, int firs
     for (int panel = 0; panel < Tile::kPanels; ++panel) {
       const int column = first_column + panel * Tile::kPanelColumns + unit * kElements;
       if (column < to.head_dim()) {
-        *reinterpret_cast<uint4*>(address + column) = *reinterpret_cast<const uint4*>(
-            staging.panel(panel) + shared_row * kPanelRowBytes + (unit ^ shared_row % 8) * 16);
+        *reinterpret_cast<uint4*>(address + column) =
+            *reinterpret_cast<const uint4*>(staging.panel(panel) + Tile::unit_offset(shared_row, unit));
       }
     }
   }

@@ -54,7 +54,7 @@ struct MapEncoder {
   Status status;
 
   template <class Box, class Map>
-  void operator()(const TensorView& view, const Box& box, Map& map, int row_bytes = kPanelRowBytes) {
+  void operator()(const TensorView& view, const Box& box, Map& map, int row_bytes) {
     status = status.ok() ? encode(view, box, row_bytes, map) : status;
   }
 };
@@ -80,7 +80,7 @@ Status launch_forward(const char* op, const ForwardProblem<Variant>& problem, St
   if constexpr (std::is_same_v<decltype(params.v), TransposedMap>) {
     encode(problem.v, Kernel::kHeadDim, params.v, Kernel::ValueTile::kRowBytes);
   } else {
-    encode(problem.v, schedule.key_box(Kernel::kTile), params.v);
+    encode(problem.v, schedule.key_box(Kernel::kTile), params.v, Kernel::ValueTile::kRowBytes);
   }
   if (!encode.status.ok()) {
     return encode.status;
@@ -135,10 +135,10 @@ Status launch_backward(const BackwardProblem<Variant>& problem, Stream stream,
   params.dv = problem.dv;
   plan_workspace<Kernel>(problem.q, schedule.num_q, problem.workspace, params.workspace);
   MapEncoder encode;
-  encode(problem.q, schedule.query_box(Kernel::kTile), params.q);
-  encode(problem.dout, schedule.query_box(Kernel::kTile), params.dout);
-  encode(problem.k, schedule.key_box(Kernel::kTile), params.k);
-  encode(problem.v, schedule.key_box(Kernel::kTile), params.v);
+  encode(problem.q, schedule.query_box(Kernel::kTile), params.q, Kernel::QueryTile::kRowBytes);
+  encode(problem.dout, schedule.query_box(Kernel::kTile), params.dout, Kernel::QueryTile::kRowBytes);
+  encode(problem.k, schedule.key_box(Kernel::kTile), params.k, Kernel::KeyTile::kRowBytes);
+  encode(problem.v, schedule.key_box(Kernel::kTile), params.v, Kernel::KeyTile::kRowBytes);
 
   Status status = encode.status;
   const std::int64_t tiles = problem.q.batch() * params.heads * params.q_tiles;

@@ -90,7 +90,7 @@ struct TensorMap<PerAxis<int>> {
       std::byte* to = tile.panel(i);
       for (int x = 0; x < box.extent[0]; x += part[0]) {
         for (int y = 0; y < box.extent[1]; y += part[1]) {
-          for (int z = 0; z < box.extent[2]; z += part[2], to += product(part) * kPanelRowBytes) {
+          for (int z = 0; z < box.extent[2]; z += part[2], to += product(part) * Tile::kRowBytes) {
             copy(to, i, x, y, z);
           }
         }

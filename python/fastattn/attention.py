@@ -61,7 +61,7 @@ def attention(
         q: ``[batch, seq_q, heads, head_dim]``, float32 (CPU only), float16 or bfloat16. Any strides with a contiguous
             last dimension: slices of a fused QKV projection and transposed ``[batch, heads, seq, head_dim]`` views are
             read in place. (CUDA: in place where base and strides are multiples of 16 bytes, else from a copy.)
-            ``head_dim`` is a multiple of 8 up to 256 on the CPU, up to 128 on CUDA.
+            ``head_dim`` is a multiple of 8 up to 256; on CUDA gradients take up to 128.
         k, v: ``[batch, seq_k, kv_heads, head_dim]``, dtype and device of ``q``. ``heads`` is a multiple of
             ``kv_heads``; query head ``h`` reads key head ``h // (heads // kv_heads)`` (grouped-query attention).
         scale: multiplies the scores, finite and positive; ``1 / sqrt(head_dim)`` if None.
