@@ -1,8 +1,8 @@
 // Compiled with -O3 -mavx2 -mfma -mf16c -ffp-contract=fast, whatever the build type.
-#include "softmax_body.hpp"
+#include "attention_body.hpp"
 
 namespace fastattn::cpu {
 
-constinit const AttentionKernels kAttentionAvx2 = softmax_kernels<Avx2, AttentionKernels>();
+constinit const AttentionKernels kAttentionAvx2 = attention_kernels<Avx2>();
 
 }  // namespace fastattn::cpu

@@ -1,8 +1,8 @@
 // Compiled with -O3 -mavx2 -mfma -mf16c -mavx512f -mavx512dq -ffp-contract=fast, whatever the build type.
-#include "softmax_body.hpp"
+#include "attention_body.hpp"
 
 namespace fastattn::cpu {
 
-constinit const AttentionKernels kAttentionAvx512 = softmax_kernels<Avx512, AttentionKernels>();
+constinit const AttentionKernels kAttentionAvx512 = attention_kernels<Avx512>();
 
 }  // namespace fastattn::cpu

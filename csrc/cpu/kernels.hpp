@@ -18,7 +18,7 @@ struct Kernels {
   void (*backward)(const Backward& problem, const Schedules& schedules, const Threads& threads);
 };
 
-using AttentionKernels = Kernels<Attention, AttentionBackward>;
+using AttentionKernels = Kernels<Attention, AttentionBackward, Bands>;
 extern const AttentionKernels kAttentionAvx2, kAttentionAvx512;
 
 using BlockSparseAttentionKernels = Kernels<BlockSparseAttention, BlockSparseAttentionBackward, BlockLists>;

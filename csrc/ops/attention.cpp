@@ -21,7 +21,7 @@ Status attention(const Attention& problem, const Threads& threads) {
   if (kernels() == nullptr) {
     return no_cpu_kernels("attention");
   }
-  kernels()->forward(problem, band_of(problem), threads);
+  kernels()->forward(problem, bands_of(problem), threads);
   return {};
 }
 
@@ -40,7 +40,7 @@ Status attention_backward(const AttentionBackward& problem, const Threads& threa
   if (kernels() == nullptr) {
     return no_cpu_kernels("attention_backward");
   }
-  kernels()->backward(problem, band_of(problem.forward), threads);
+  kernels()->backward(problem, bands_of(problem.forward), threads);
   return {};
 }
 

@@ -8,8 +8,11 @@
 namespace fastattn {
 namespace {
 
+constexpr const char* kOp = "attention";
+
 template <class Element>
-struct SoftmaxBand : SoftmaxOver<Element, Band> {
+struct Forward : SoftmaxOver<Element, Bands> {
+  using Score = WithSinks<SoftmaxBy<float, WeightsOf<Element>>>;
   // By head_dim, ascending; the reasons are in attention.md.
   static constexpr sm90::Config kForward[] = {
       {.head_dim = 32, .tile = {256, 64}, .stages = 2, .warpgroups = 4},
@@ -18,30 +21,66 @@ struct SoftmaxBand : SoftmaxOver<Element, Band> {
       {.head_dim = 128, .tile = {128, 128}, .stages = 2, .warpgroups = 2},
       {.head_dim = 192, .tile = {128, 64}, .stages = 2, .warpgroups = 2},
       {.head_dim = 256, .tile = {128, 64}, .stages = 2, .warpgroups = 2, .query_stages = 1}};
+};
+
+// Of scores with a softcap, or with a term for each key.
+template <class Element, bool kCapped>
+struct ModifiedForward : Forward<Element> {
+  using Score = WithSinks<SoftmaxBy<One, WeightsOf<Element>>>;
+  using Operands = sm90::ModifiedOperands<Element, kCapped>;
+  // A softcap takes registers that the plain kernel's tiles have not.
+  static constexpr sm90::Config kForward[] = {
+      {.head_dim = 64, .tile = {kCapped ? 128 : 192, 128}, .stages = 2, .warpgroups = kCapped ? 2 : 3},
+      {.head_dim = 128, .tile = {128, 128}, .stages = 2, .warpgroups = 2},
+      {.head_dim = 256, .tile = {128, kCapped ? 32 : 64}, .stages = 2, .warpgroups = 2, .query_stages = 1}};
+};
+
+template <class Element>
+struct Backward : SoftmaxOver<Element, Bands> {
   static constexpr sm90::Config kBackward[] = {{.head_dim = 64, .tile = {128, 128}, .stages = 2, .warpgroups = 2},
                                                {.head_dim = 128, .tile = {64, 128}, .stages = 2, .warpgroups = 2}};
 };
 
+template <class Variant>
+Status run(const Attention& p, const typename Variant::Score& score, const typename Variant::Operands::Scales& scales,
+           Stream stream) {
+  return sm90::run_forward<Variant>(kOp, {p.q, p.k, p.v, bands_of(p), score, {p.out, p.lse}, p.workspace, scales},
+                                    stream);
+}
+
+template <class Element, bool kCapped>
+Status run_modified(const Attention& p, Stream stream) {
+  const ScoreModifier modifier = p.modifier();
+  typename ModifiedForward<Element, kCapped>::Operands::Scales scales{{p.key_bias, static_cast<int>(p.k.seq())}, {}};
+  if constexpr (kCapped) {
+    scales.to_log2 = modifier.cap();
+  } else {
+    scales.to_log2 = modifier.scale_log2();
+  }
+  return run<ModifiedForward<Element, kCapped>>(p, {{}, p.sinks}, scales, stream);
+}
+
 }  // namespace
 
 Status attention(const Attention& p, Stream stream) {
-  constexpr const char* kOp = "attention";
   return sm90::run_if_valid(kOp, p, p.q.dtype, [&]<class Element>() {
-    return softmax_forward<SoftmaxBand<Element>>(kOp, p, band_of(p), stream);
+    return !p.modifier().exists() ? run<Forward<Element>>(p, {{p.scale * kLog2E}, p.sinks}, {}, stream)
+           : p.softcap != 0.f       ? run_modified<Element, true>(p, stream)
+                                    : run_modified<Element, false>(p, stream);
   });
 }
 
 Status attention_backward(const AttentionBackward& problem, Stream stream) {
   constexpr const char* kOp = "attention_backward";
   return sm90::run_if_valid(kOp, problem, problem.forward.q.dtype, [&]<class Element>() {
-    return softmax_backward<SoftmaxBand<Element>>(kOp, problem, band_of(problem.forward), stream);
+    return softmax_backward<Backward<Element>>(kOp, problem, bands_of(problem.forward), stream);
   });
 }
 
 std::size_t attention_backward_workspace(const AttentionBackward& problem, Stream) {
   const TensorView& q = problem.forward.q;
   return sm90::with_element(q.dtype, [&]<class Element>() {
-    return sm90::backward_workspace<SoftmaxBand<Element>>(q, band_of(problem.forward));
+    return sm90::backward_workspace<Backward<Element>>(q, bands_of(problem.forward));
   });
 }
 

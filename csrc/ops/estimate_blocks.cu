@@ -31,7 +31,7 @@ Status run(const EstimateBlocks& p, Stream stream) {
   params.q_scales = p.q_scales;
   params.k_scales = p.k_scales;
   params.floor = p.floor;
-  params.terms = {p.key_term, num_k};
+  params.terms = {{p.key_term, p.q.batch(), p.q.heads()}, num_k};
   params.scale = p.scale;
   params.run_shift = p.group == 8 ? 5 : p.group == 16 ? 6 : 7;
   params.block = p.block;

@@ -61,7 +61,8 @@ struct WideValues : std::conditional_t<std::is_same_v<Schedule_, Band>, BandTile
 template <class Variant>
 Status run(const QuantizedAttention& p, const typename Variant::Schedule& schedule, Stream stream) {
   const int seq_q = static_cast<int>(p.q.seq()), seq_k = static_cast<int>(p.k.seq());
-  const sm90::QuantizedScales scales{p.q_scales, p.k_scales, {p.key_term, seq_k}, seq_q, seq_k, p.scale * kLog2E};
+  const sm90::QuantizedScales scales{p.q_scales, p.k_scales, {{p.key_term, p.q.batch(), p.q.heads()}, seq_k},
+                                     seq_q,      seq_k,      p.scale * kLog2E};
   const sm90::QuantizedOutput epilogue{p.out, p.lse, p.v_scales, p.v_mean, sm90::heads_per_kv_head(p.q, p.k), p.order};
   return sm90::run_forward<Variant>("quantized_attention",
                                     {p.q, p.k, p.v, schedule, Variant::kScore, epilogue, p.workspace, scales}, stream);

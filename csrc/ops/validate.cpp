@@ -430,14 +430,31 @@ Status built_without_cuda(const char* op) {
 bool built_with_cuda() { return FASTATTN_WITH_CUDA; }
 
 Status validate(const Attention& problem) {
-  const Status status = check_band_inputs("attention", problem);
-  return status.ok() ? check_output("attention", problem) : status;
+  constexpr const char* op = "attention";
+  if (Status status = check_band_inputs(op, problem); !status.ok()) {
+    return status;
+  }
+  if (!std::isfinite(problem.softcap) || problem.softcap < 0.f) {
+    return failure("%s: softcap must be finite and positive, or 0 for none, got %g", op,
+                   static_cast<double>(problem.softcap));
+  }
+  const auto& [bias, batch, heads] = problem.key_bias;
+  if (bias != nullptr && ((batch != 1 && batch != problem.q.batch()) || (heads != 1 && heads != problem.q.heads()))) {
+    return failure("%s: key_bias must be of 1 or %lld batch entries and 1 or %lld heads, got %lld and %lld", op,
+                   Long{problem.q.batch()}, Long{problem.q.heads()}, Long{batch}, Long{heads});
+  }
+  return check_output(op, problem);
 }
 
 Status validate(const AttentionBackward& problem) {
   const char* op = "attention_backward";
-  const Status status = check_band_inputs(op, problem.forward);
-  return status.ok() ? check_softmax_gradients(op, problem) : status;
+  if (Status status = check_band_inputs(op, problem.forward); !status.ok()) {
+    return status;
+  }
+  if (problem.forward.modifier().exists()) {
+    return failure("%s: there are no gradients with a softcap or a key_bias yet", op);
+  }
+  return check_softmax_gradients(op, problem);
 }
 
 Status validate(const BlockSparseAttention& problem) {

@@ -47,4 +47,6 @@ Band band_of(const Problem& problem) {
           side(problem.window.right, num_q)};
 }
 
+inline Bands bands_of(const Attention& problem) { return {band_of(problem), problem.head_left, problem.head_right}; }
+
 }  // namespace fastattn

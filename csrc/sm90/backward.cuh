@@ -115,7 +115,7 @@ struct BackwardKernel {
   }
 
   static __device__ void produce(const Params& params, Shared& shared, Work work) {
-    const auto place = params.schedule.at(work.batch, 0);  // the same for every head
+    const auto place = params.schedule.slots();
     const auto key_origin = place.key_origin(work.k_tile, kTile);
     if (cute::elect_one_sync()) {
       shared.kv_full.arrive_and_expect_tx(2 * KeyTile::kBytes);
@@ -287,7 +287,7 @@ struct BackwardKernel {
       dk[i] *= params.scale;
     }
     const auto token_of = [&](int row) {
-      return params.schedule.at(work.batch, 0).key_token(work.k_tile * kTile.k + shared_row + row);
+      return params.schedule.slots().key_token(work.k_tile * kTile.k + shared_row + row);
     };
     store_rows<Element>(dk, shared.k, shared_row, thread, 1 + warpgroup, params.dk, work.batch, work.kv_head, 0,
                         token_of);
@@ -352,7 +352,7 @@ template <class Element, class Schedules>
 __global__ void prepare_kernel(const __grid_constant__ PrepareParams<Schedules> params) {
   const std::int64_t index = (std::int64_t{blockIdx.x} * kHelperThreads + threadIdx.x) / kRowLanes;
   const int lane = threadIdx.x % kRowLanes;
-  const int token = params.schedule.at(0, 0).query_token(static_cast<int>(index % params.slots));
+  const int token = params.schedule.slots().query_token(static_cast<int>(index % params.slots));
   const std::int64_t head_index = index / params.slots;
   const std::int64_t heads = params.out.heads(), head = head_index % heads, batch = head_index / heads;
   const bool exists = batch < params.out.batch() && token >= 0;
@@ -420,7 +420,7 @@ __global__ void finish_kernel(const __grid_constant__ FinishParams<Schedules> pa
     dq[4 * j + 2] = sum.z * params.scale;
     dq[4 * j + 3] = sum.w * params.scale;
   }
-  const auto schedule = params.schedule.at(0, 0);
+  const auto schedule = params.schedule.slots();
   store_rows<Element>(dq, staging, 0, threadIdx.x, 0, params.dq, batch, head, first_column,
                       [&](int row) { return schedule.query_token(first_row + row); });
 }

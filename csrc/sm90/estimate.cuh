@@ -147,7 +147,7 @@ struct EstimateKernel {
                    const int bytes = KeyTile::kBytes + params.terms.bytes(key_terms, k_tile);
                    shared.k_ring.fill(position.k, bytes, run, [&](Barrier& full) {
                      params.k.load(shared.k[position.k.stage], k_tile * kTile.k, kv_head, work.batch, full);
-                     params.terms.load(key_terms, row, k_tile, full);
+                     params.terms.load(key_terms, work.batch, work.head, k_tile, full);
                    });
                    position.k.advance();
                  }

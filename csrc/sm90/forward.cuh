@@ -184,8 +184,7 @@ struct ForwardKernel {
               const int bytes = KeyTile::kBytes + params.scales.terms.bytes(key_terms, k_tile);
               shared.k_ring.fill(position.k, bytes, run, [&](Barrier& full) {
                 params.k.load(shared.k[position.k.stage], origin, kv_head, work.batch, full);
-                const std::int64_t row = std::int64_t{work.batch} * params.heads + work.head;
-                params.scales.terms.load(key_terms, row, k_tile, full);
+                params.scales.terms.load(key_terms, work.batch, work.head, k_tile, full);
               });
               position.k.advance();
               load_values();
@@ -214,10 +213,10 @@ struct ForwardKernel {
     const int thread = threadIdx.x % kWarpgroupThreads;
     const AccumulatorThread at(thread);
     const Score score = params.score.at(work.head);
-    const auto schedule = params.schedule.at(work.batch, work.head);
+    const auto slots = params.schedule.slots();
     const int first_row = warpgroup * kWarpgroupRows;
     QueryTile& queries = shared.q[position.q.stage];
-    const auto token_of = [&](int row) { return schedule.query_token(work.q_tile, first_row + row, kTile); };
+    const auto token_of = [&](int row) { return slots.query_token(work.q_tile, first_row + row, kTile); };
     const auto scales = params.scales.at(work.batch, work.head, params.heads, params.heads_per_kv_head, token_of, at);
 
     Products<wgmma::Sum<Key>, kTile.k / 2> scores;
@@ -241,6 +240,8 @@ struct ForwardKernel {
       const auto ready = [&] {
         release(shared.k_ring, position.k);
         if (coverage == Coverage::kPartial) {
+          // Anew for each tile: what heads differ in would take registers among the products.
+          const auto schedule = params.schedule.at(work.batch, work.head);
           kept_bits(schedule.tile_mask(work.q_tile, k_tile, kTile, cells), first_row, at)
               .apply(scores.value, -kInfinity);
         }

@@ -14,12 +14,12 @@ struct alignas(16) TermTile {
   float term[kKeys];
 };
 
-// Those of all: float32 [rows, padded_tokens(seq_k)], or none.
+// Those of all, or none.
 struct KeyTerms {
-  const float* term;  // null: none
+  KeyBias of_heads;
   int seq_k;
 
-  __device__ bool exist() const { return term != nullptr; }
+  __device__ bool exist() const { return of_heads.bias != nullptr; }
   // How many bytes load() copies: all of the tile, or up to the end of its row.
   template <int kKeys>
   __device__ int bytes(const TermTile<kKeys>&, int k_tile) const {
@@ -27,9 +27,10 @@ struct KeyTerms {
     return exist() ? min_of(kKeys, left) * static_cast<int>(sizeof(float)) : 0;
   }
   template <int kKeys>
-  __device__ void load(TermTile<kKeys>& tile, std::int64_t row, int k_tile, Barrier& barrier) const {
+  __device__ void load(TermTile<kKeys>& tile, int batch, int head, int k_tile, Barrier& barrier) const {
     if (exist()) {
-      load_bytes(&tile, term + row * padded_tokens(seq_k) + k_tile * kKeys, bytes(tile, k_tile), barrier);
+      const float* const row = of_heads.bias + of_heads.index(batch, head) * padded_tokens(seq_k);
+      load_bytes(&tile, row + k_tile * kKeys, bytes(tile, k_tile), barrier);
     }
   }
 };
@@ -41,7 +42,7 @@ struct NoTerms {
     return 0;
   }
   template <class Tile>
-  static __device__ void load(Tile&, std::int64_t, int, Barrier&) {}
+  static __device__ void load(Tile&, int, int, int, Barrier&) {}
 };
 
 }  // namespace fastattn::sm90

@@ -98,6 +98,45 @@ struct PlainOperands {
   using Output = WideOutput<PlainOperands, kTile, kHeadDim>;
 };
 
+// The same with scores that are modified, which reach the policy in units of log 2; kCapped: by a softcap.
+template <class Element, bool kCapped>
+struct ModifiedOperands : PlainOperands<Element> {
+  template <TileShape kTile>
+  using KeyTermTile = TermTile<kTile.k>;
+
+  struct Scales {
+    using Head = typename PlainOperands<Element>::Scales::Head;
+    KeyTerms terms;
+    std::conditional_t<kCapped, Softcap, float> to_log2;
+
+    template <class TokenOf>
+    __device__ Head at(int, int, int, int, TokenOf&&, AccumulatorThread) const {
+      return {};
+    }
+    template <class Score, class Scores, class Output, int kKeys, class Ready, class Use>
+    __device__ void use_rows(Head, Nothing, Scores& scores, Output&, const TermTile<kKeys>& tile, AccumulatorThread at,
+                             bool, Ready&& ready, Use&& use) const {
+      constexpr int kCount = sizeof(scores.value) / sizeof(float);
+#pragma unroll
+      for (int j = 0; j < kCount / 4; ++j) {
+        const float2 term = terms.exist() ? *reinterpret_cast<const float2*>(&tile.term[at.column(j)]) : float2{};
+#pragma unroll
+        for (int i = 4 * j; i < 4 * j + 4; ++i) {
+          float& score = scores.value[i];
+          const float own = i % 2 == 0 ? term.x : term.y;
+          if constexpr (kCapped) {
+            score = fused_multiply_add(own, kLog2E, to_log2(score));
+          } else {
+            score = fused_multiply_add(own, kLog2E, score * to_log2);
+          }
+        }
+      }
+      ready();
+      use(PlainRows<kCount>{scores.value});
+    }
+  };
+};
+
 // Scales products and adds the terms of their columns, which leaves nothing to scale.
 template <int kCount, int kKeys>
 __device__ inline void add_terms(float (&product)[kCount], float (&scale)[2], const TermTile<kKeys>& tile,

@@ -65,7 +65,7 @@ Status launch_forward(const char* op, const ForwardProblem<Variant>& problem, St
                       void (*kernel)(typename Kernel::Params)) {
   static_assert(sizeof(*WorkQueue::taken) == kForwardWorkspace);
   constexpr std::int64_t kMostWorks = 1 << 30;
-  const auto schedule = problem.schedule.at(0, 0);  // of any head, where heads do not differ
+  const auto schedule = problem.schedule.slots();
   typename Kernel::Params params{};
   params.schedule = problem.schedule;
   params.score = problem.score;
@@ -120,7 +120,7 @@ Status launch_backward(const BackwardProblem<Variant>& problem, Stream stream,
                        void (*kernel)(typename Kernel::Params)) {
   using Element = typename Kernel::Element;
   using Schedules = typename Variant::Schedule;
-  const auto schedule = problem.schedule.at(0, 0);  // of any head, where heads do not differ
+  const auto schedule = problem.schedule.slots();
   typename Kernel::Params params{};
   params.schedule = problem.schedule;
   params.score = problem.score;
@@ -196,7 +196,7 @@ std::size_t backward_workspace(const TensorView& q, const typename Variant::Sche
   std::size_t bytes = 0;
   dispatch<Variant::kBackward>("", q.head_dim(), [&]<int kIndex>() {
     BackwardWorkspace workspace;
-    bytes = plan_workspace<BackwardKernel<Variant, kIndex>>(q, schedule.at(0, 0).num_q, nullptr, workspace);
+    bytes = plan_workspace<BackwardKernel<Variant, kIndex>>(q, schedule.slots().num_q, nullptr, workspace);
     return Status{};
   });
   return bytes;

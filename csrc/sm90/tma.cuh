@@ -30,7 +30,7 @@ struct TensorMap;
 inline constexpr auto kCacheHint = static_cast<std::uint64_t>(cute::TMA::CacheHintSm90::EVICT_NORMAL);
 
 template <class Schedules>
-using OriginOf = decltype(std::declval<Schedules>().at(0, 0).query_origin(0, TileShape{}));
+using OriginOf = decltype(std::declval<Schedules>().slots().query_origin(0, TileShape{}));
 
 // Consecutive tokens of a sequence: coordinates (column, token, head, batch).
 template <>

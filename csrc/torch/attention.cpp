@@ -7,9 +7,26 @@
 namespace fastattn::binding {
 namespace {
 
+// Sides of each head's own, both or none.
 template <class Place>
-std::tuple<Tensor, Tensor> attention(Tensor q, Tensor k, Tensor v, std::optional<double> scale, bool causal,
-                                     std::optional<std::vector<std::int64_t>> window) {
+void set_head_windows(const Call<Place>& call, std::optional<Tensor>& left, std::optional<Tensor>& right,
+                      const Tensor& q, Attention& problem) {
+  const auto side = [&](const char* name, std::optional<Tensor>& tensor) -> const std::int32_t* {
+    if (!tensor) {
+      return nullptr;
+    }
+    tensor = call.array(name, *tensor, ScalarType::Int, "[heads]", {q.sizes()[2]});
+    return tensor->template const_data_ptr<std::int32_t>();
+  };
+  problem.head_left = side("window_left", left);
+  problem.head_right = side("window_right", right);
+}
+
+template <class Place>
+std::tuple<Tensor, Tensor> attention(Tensor q, Tensor k, Tensor v, std::optional<Tensor> sinks,
+                                     std::optional<Tensor> key_bias, std::optional<Tensor> window_left,
+                                     std::optional<Tensor> window_right, std::optional<double> scale, bool causal,
+                                     std::optional<std::vector<std::int64_t>> window, double softcap) {
   constexpr const char* kOp = "attention";
   const Call<Place> call(kOp, q);
   q = call.input("q", q);
@@ -20,21 +37,30 @@ std::tuple<Tensor, Tensor> attention(Tensor q, Tensor k, Tensor v, std::optional
   const Tensor out = torch::stable::new_empty(q, q.sizes());
   const Tensor lse = torch::stable::new_empty(q, rows, ScalarType::Float);
   const Workspace workspace(q, Place::kForwardWorkspace);
-  require(fastattn::attention({.q = view(q),
-                               .k = view(k),
-                               .v = view(v),
-                               .out = view(out),
-                               .lse = lse.mutable_data_ptr<float>(),
-                               .scale = scale_of(scale, q),
-                               .window = window_of(kOp, causal, window),
-                               .workspace = workspace.address()},
-                              place.executor));
+  Attention problem{.q = view(q),
+                    .k = view(k),
+                    .v = view(v),
+                    .out = view(out),
+                    .lse = lse.mutable_data_ptr<float>(),
+                    .scale = scale_of(scale, q),
+                    .window = window_of(kOp, causal, window),
+                    .softcap = static_cast<float>(softcap),
+                    .key_bias = call.key_bias("key_bias", key_bias, q, k),
+                    .workspace = workspace.address()};
+  set_head_windows(call, window_left, window_right, q, problem);
+  if (sinks) {
+    call.check_head_values("sinks", *sinks, q);
+    problem.sinks = sinks->const_data_ptr<float>();
+  }
+  require(fastattn::attention(problem, place.executor));
   return {out, lse};
 }
 
 template <class Place>
 std::tuple<Tensor, Tensor, Tensor> attention_backward(Tensor dout, std::optional<Tensor> dlse, Tensor q, Tensor k,
-                                                      Tensor v, Tensor out, Tensor lse, std::optional<double> scale,
+                                                      Tensor v, Tensor out, Tensor lse,
+                                                      std::optional<Tensor> window_left,
+                                                      std::optional<Tensor> window_right, std::optional<double> scale,
                                                       bool causal, std::optional<std::vector<std::int64_t>> window) {
   constexpr const char* kOp = "attention_backward";
   const Call<Place> call(kOp, q);
@@ -63,6 +89,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(Tensor dout, std::optional
                             .dq = view(dq),
                             .dk = view(dk),
                             .dv = view(dv)};
+  set_head_windows(call, window_left, window_right, q, problem.forward);
   const Workspace workspace(q, attention_backward_workspace(problem, place.executor));
   problem.workspace = workspace.address();
   require(fastattn::attention_backward(problem, place.executor));

@@ -177,6 +177,27 @@ class Call {
     return array(name, tensor, ScalarType::Float, "[batch, heads, seq_q]", {shape[0], shape[2], shape[1]});
   }
 
+  // A term for each key, as the core reads it: rows of whole units of a copy. `tensor` is kept for the core to read.
+  KeyBias key_bias(const char* name, std::optional<Tensor>& tensor, const Tensor& q, const Tensor& k) const {
+    if (!tensor) {
+      return {};
+    }
+    const std::int64_t keys = k.sizes()[1];
+    const auto extent = [&](int axis, std::int64_t all) {
+      return tensor->dim() == 3 && tensor->sizes()[axis] == 1 ? 1 : all;
+    };
+    const std::int64_t batch = extent(0, q.sizes()[0]), heads = extent(1, q.sizes()[2]);
+    tensor = array(name, *tensor, ScalarType::Float, "[batch or 1, heads or 1, seq_k]", {batch, heads, keys});
+    const bool aligned = reinterpret_cast<std::uintptr_t>(tensor->data_ptr()) % 16 == 0;
+    if (!aligned || keys != padded_tokens(keys)) {
+      Tensor padded = torch::stable::new_empty(*tensor, std::array{batch, heads, padded_tokens(keys)});
+      Tensor part = torch::stable::narrow(padded, 2, 0, keys);
+      torch::stable::copy_(part, *tensor);
+      tensor = padded;
+    }
+    return {tensor->const_data_ptr<float>(), batch, heads};
+  }
+
   // One float for each head of q.
   void check_head_values(const char* name, const Tensor& tensor, const Tensor& q) const {
     const std::int64_t heads = q.sizes()[2];

@@ -11,6 +11,7 @@
 #include "fastattn/operand/low_bit.hpp"
 #include "fastattn/schedule/block_list.hpp"
 #include "fastattn/schedule/neighborhood.hpp"
+#include "fastattn/score/modifier.hpp"
 #include "fastattn/tensor_view.hpp"
 
 namespace fastattn {
@@ -71,10 +72,18 @@ struct Attention {
   TensorView q;          // [batch, seq_q, heads, head_dim]
   TensorView k, v;       // [batch, seq_k, kv_heads, head_dim]; heads is a multiple of kv_heads
   TensorView out;        // like q
-  float* lse = nullptr;  // [batch, heads, seq_q], contiguous: natural log-sum-exp of each row's scaled scores
+  float* lse = nullptr;  // [batch, heads, seq_q], contiguous: natural log-sum-exp of each row's scores
   float scale = 1.f;
   Window window;
-  void* workspace = nullptr;  // kForwardWorkspace bytes
+  // [heads], in memory of the device: sides of each head's own, of which and the window's the narrower ones count;
+  // below 0 unbounded. Null: the window's.
+  const std::int32_t *head_left = nullptr, *head_right = nullptr;
+  float softcap = 0.f;           // scaled scores become softcap · tanh(score / softcap); 0: they stay. Forward only
+  KeyBias key_bias;              // then these are added. Forward only
+  const float* sinks = nullptr;  // [heads], in memory of the device: a logit in each row's sum; null: none
+  void* workspace = nullptr;     // kForwardWorkspace bytes
+
+  FASTATTN_HD ScoreModifier modifier() const { return {scale, softcap, key_bias}; }
 };
 
 Status attention(const Attention& problem, const Threads& threads);

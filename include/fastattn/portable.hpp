@@ -59,6 +59,7 @@ FASTATTN_HD float minus_magnitude(float x) {
   return -::fabsf(x);
 #endif
 }
+FASTATTN_HD float reciprocal(float x) { return 1.f / x; }
 FASTATTN_HD float where_negative(float x, float negative, float otherwise) { return x < 0.f ? negative : otherwise; }
 
 }  // namespace fastattn

@@ -69,8 +69,9 @@ def _refuse_gradient(op: Op) -> Callable[..., Any]:
 def _merge_into_batch(name: str, packet: Any) -> Callable[..., Any]:
     """vmap: a tensor of an op has its batch in front, so the new dimension becomes a part of that.
 
-    A vector, such as a bias for each head, has no batch: it is the same for all, and cannot be mapped. Block
-    lists and permutations, which are int32 and bool, may share one batch entry: it is repeated.
+    A vector, such as a bias for each head, has no batch: it is the same for all, and cannot be mapped. Block lists,
+    permutations and biases of keys, which are int32 or bool or lack a dimension, may share one batch entry: it is
+    repeated.
     """
 
     def rule(info: Any, in_dims: tuple[int | None, ...], *tensors: Any, **options: Any) -> Any:
@@ -80,11 +81,11 @@ def _merge_into_batch(name: str, packet: Any) -> Callable[..., Any]:
             if tensor is None:
                 return None
             if tensor.dim() - (dim is not None) == 1:
-                if dim is not None or name.endswith("_backward"):
+                if dim is not None or (name.endswith("_backward") and tensor.is_floating_point()):
                     raise NotImplementedError(f"fastattn::{name}: vmap over a bias, or over its gradient")
                 return tensor
             batched = tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
-            if tensor.dtype in (torch.int32, torch.bool) and batched.shape[1] == 1:
+            if (tensor.dtype in (torch.int32, torch.bool) or batched.dim() < 5) and batched.shape[1] == 1:
                 batched = batched.expand(-1, batch, *batched.shape[2:])
             return batched.flatten(0, 1)
 

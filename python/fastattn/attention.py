@@ -11,6 +11,9 @@ from ._ops import Op, register
 UNBOUNDED = -1
 """A side of a window without bound."""
 
+Window = tuple[int | Tensor, int | Tensor]
+"""Its left and its right side, for all heads or for each, int32 ``[heads]``."""
+
 
 @overload
 def attention(
@@ -20,7 +23,10 @@ def attention(
     *,
     scale: float | None = ...,
     causal: bool = ...,
-    window: tuple[int, int] | None = ...,
+    window: Window | None = ...,
+    softcap: float | None = ...,
+    key_bias: Tensor | None = ...,
+    sinks: Tensor | None = ...,
     return_lse: Literal[False] = ...,
 ) -> Tensor: ...
 
@@ -33,7 +39,10 @@ def attention(
     *,
     scale: float | None = ...,
     causal: bool = ...,
-    window: tuple[int, int] | None = ...,
+    window: Window | None = ...,
+    softcap: float | None = ...,
+    key_bias: Tensor | None = ...,
+    sinks: Tensor | None = ...,
     return_lse: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...
 
@@ -45,7 +54,10 @@ def attention(
     *,
     scale: float | None = None,
     causal: bool = False,
-    window: tuple[int, int] | None = None,
+    window: Window | None = None,
+    softcap: float | None = None,
+    key_bias: Tensor | None = None,
+    sinks: Tensor | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     r"""Softmax attention, ``softmax(scale · q kᵀ) v``, computed tile by tile and never stored as a matrix.
@@ -66,13 +78,19 @@ def attention(
             ``kv_heads``; query head ``h`` reads key head ``h // (heads // kv_heads)`` (grouped-query attention).
         scale: multiplies the scores, finite and positive; ``1 / sqrt(head_dim)`` if None.
         causal: hide the keys after each query: caps ``right`` at 0.
-        window: ``(left, right)``, the number of keys seen on either side of the diagonal; -1 is unbounded.
+        window: ``(left, right)``, the number of keys seen on either side of the diagonal; -1 is unbounded. Each of the
+            two may be int32 ``[heads]``, with a number for each head, on the device of ``q``.
+        softcap: scores become ``softcap · tanh(score / softcap)``, with the scale in them (Gemma 2, arXiv 2408.00118).
+        key_bias: float32 ``[batch or 1, heads or 1, seq_k]``, added to the scores of a key after that. -inf hides the
+            key from all queries: a padding mask.
+        sinks: float32 ``[heads]``: a logit in the sum of each row of a head, to which no value belongs (gpt-oss, arXiv
+            2508.10925). It is a part of the log-sum-exp.
         return_lse: return the log-sum-exp of each row as well.
 
     Returns:
         The output, ``[batch, seq_q, heads, head_dim]``, contiguous, in the dtype of ``q``; with ``return_lse`` that and
         the natural log-sum-exp of the scaled, masked scores, float32 ``[batch, heads, seq_q]``. Both are
-        differentiable; second derivatives are not available.
+        differentiable in q, k, v and sinks, but not yet with a softcap or a key bias; second derivatives are not available.
 
     Raises:
         RuntimeError: for an argument that cannot be run. The message names the argument, what came and what is allowed.
@@ -82,7 +100,14 @@ def attention(
         >>> attention(q, k, v, causal=True).shape
         torch.Size([2, 128, 8, 64])
     """
-    out, lse = torch.ops.fastattn.attention(q, k, v, scale=scale, causal=causal, window=window)
+    left, right = (None, None) if window is None else window
+    of_heads = [side if isinstance(side, Tensor) else None for side in (left, right)]
+    of_all = None if window is None else [UNBOUNDED if isinstance(side, Tensor) else side for side in window]
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"attention: softcap must be positive, or None, got {softcap}")
+    out, lse = torch.ops.fastattn.attention(
+        q, k, v, sinks, key_bias, *of_heads, scale=scale, causal=causal, window=of_all, softcap=softcap or 0.0
+    )
     return (out, lse) if return_lse else out
 
 
@@ -110,7 +135,7 @@ def forward_flops(
     q: Sequence[int],
     k: Sequence[int],
     v: Sequence[int],
-    *,
+    *rest: Any,
     causal: bool = False,
     window: Sequence[int] | None = None,
     **_: Any,
@@ -155,19 +180,34 @@ def save_inputs_and_outputs(
 
 def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
     if dout is None and dlse is None:
-        return None, None, None
-    q, k, v, out, lse = ctx.saved_tensors
+        return (None,) * 7
+    q, k, v, sinks, key_bias, left, right, out, lse = ctx.saved_tensors
+    options = dict(ctx.options)
+    if options.pop("softcap") or key_bias is not None:
+        raise NotImplementedError("fastattn::attention has no gradient with softcap or key_bias yet")
     dout = torch.zeros_like(out) if dout is None else dout
-    gradients: tuple[Tensor, ...] = torch.ops.fastattn.attention_backward(dout, dlse, q, k, v, out, lse, **ctx.options)
-    return gradients
+    dq, dk, dv = torch.ops.fastattn.attention_backward(dout, dlse, q, k, v, out, lse, left, right, **options)
+    return dq, dk, dv, _sinks_gradient(dout, dlse, sinks, out, lse), None, None, None
 
 
-_OPTIONS = "float? scale=None, bool causal=False, int[]? window=None"
+def _sinks_gradient(dout: Tensor, dlse: Tensor | None, sinks: Tensor | None, out: Tensor, lse: Tensor) -> Tensor | None:
+    """A sink is a score whose value is 0."""
+    if sinks is None or not sinks.requires_grad:
+        return None
+    delta = (dout.float() * out.float()).sum(-1).transpose(1, 2)
+    delta = delta if dlse is None else delta - dlse
+    weight = (sinks[:, None] - lse).exp()
+    return -(weight * delta).sum((0, 2))
+
+
+_BAND = "float? scale=None, bool causal=False, int[]? window=None"
+_HEAD_WINDOWS = "Tensor? window_left=None, Tensor? window_right=None"
 
 register(
     Op(
         name="attention",
-        schema=f"(Tensor q, Tensor k, Tensor v, *, {_OPTIONS}) -> (Tensor out, Tensor lse)",
+        schema=f"(Tensor q, Tensor k, Tensor v, Tensor? sinks=None, Tensor? key_bias=None, {_HEAD_WINDOWS}, *, {_BAND}, "
+        "float softcap=0.0) -> (Tensor out, Tensor lse)",
         fake=forward_fake,
         flops=forward_flops,
         setup_context=save_inputs_and_outputs,
@@ -178,8 +218,8 @@ register(
 register(
     Op(
         name="attention_backward",
-        schema="(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, *, "
-        f"{_OPTIONS}) -> (Tensor dq, Tensor dk, Tensor dv)",
+        schema=f"(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_HEAD_WINDOWS}, *, "
+        f"{_BAND}) -> (Tensor dq, Tensor dk, Tensor dv)",
         fake=backward_fake,
         flops=_backward_flops,
     )

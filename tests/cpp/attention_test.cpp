@@ -33,9 +33,9 @@ void run(const Kernels& kernels, AttentionProblem& p, const Threads& threads = S
   const Attention& forward = p.description.forward;
   check(validate(p.description).ok(), validate(p.description).message);
   if (num_rows(forward) > 0) {
-    kernels.table->forward(forward, band_of(forward), threads);
+    kernels.table->forward(forward, bands_of(forward), threads);
   }
-  kernels.table->backward(p.description, band_of(forward), threads);
+  kernels.table->backward(p.description, bands_of(forward), threads);
 }
 
 std::vector<double> doubles(const std::vector<float>& x) { return {x.begin(), x.end()}; }

@@ -26,7 +26,7 @@ void forward(const Operands& x, const Schedules& schedules, const Score& scores_
   constexpr int kRows = padded_rows<Isa>(kTile.q);
   static_assert(kTile.k % Vector<Isa>::kWidth == 0);
   static_assert(2 * (kRows + kTile.k) * kMaxHeadDim + kRows * kTile.k <= kScratchFloats);
-  const int num_q = schedules.at(0, 0).num_q, num_k = schedules.at(0, 0).num_k;
+  const int num_q = schedules.slots().num_q, num_k = schedules.slots().num_k;
   const int dim = static_cast<int>(x.q.head_dim()), width = round_up<Isa>(dim);
   const std::int64_t heads = x.q.heads(), q_tiles = ceil_div(num_q, kTile.q);
 

@@ -11,6 +11,7 @@
 #pragma once
 
 #include "fastattn/cpu/tile.hpp"
+#include "fastattn/fastattn.hpp"
 #include "fastattn/score/score.hpp"
 
 namespace fastattn::cpu {
@@ -91,6 +92,53 @@ struct PlainOperands {
     const PlainOperands& x_;
     std::int64_t b_, h_;
     KeyStream<Element, kTile, Schedule> stream_;
+  };
+};
+
+// The same with scores that are modified: they reach the policy in units of log 2.
+template <class Element>
+struct ModifiedOperands : PlainOperands<Element> {
+  ScoreModifier modifier;
+
+  template <class Isa, TileShape kTile, TileSchedule Schedule>
+  class Head : public PlainOperands<Element>::template Head<Isa, kTile, Schedule> {
+    using Plain = typename PlainOperands<Element>::template Head<Isa, kTile, Schedule>;
+
+   public:
+    Head(const ModifiedOperands& x, const Schedule& schedule, std::int64_t b, std::int64_t h)
+        : Plain(x, schedule, b, h), modifier_(x.modifier), num_k_(schedule.num_k) {
+      if (const KeyBias& key_bias = modifier_.key_bias; key_bias.bias != nullptr) {
+        bias_ = key_bias.bias + key_bias.index(b, h) * padded_tokens(x.k.seq());
+      }
+    }
+
+    void load_keys_and_values(int k_tile, Panels<Isa> k, Panels<Isa> v) {
+      Plain::load_keys_and_values(k_tile, k, v);
+      for (int column = 0; bias_ != nullptr && column < kTile.k; ++column) {
+        const int key = k_tile * kTile.k + column;
+        bias_log2_[column] = key < num_k_ ? bias_[key] * kLog2E : 0.f;
+      }
+    }
+
+    void to_scores(int, float* products, int columns) const {
+      using V = Vector<Isa>;
+      const V scale(modifier_.scale_log2());
+      const Softcap cap = modifier_.cap();
+      for (int column = 0; column < columns; column += V::kWidth) {
+        V score = V::load(products + column);
+        score = modifier_.softcap == 0.f ? score * scale : cap(score);
+        if (bias_ != nullptr) {
+          score = score + V::load(bias_log2_ + column);
+        }
+        score.store(products + column);
+      }
+    }
+
+   private:
+    const ScoreModifier& modifier_;
+    int num_k_;
+    const float* bias_ = nullptr;  // of this head's keys
+    float bias_log2_[kTile.k];
   };
 };
 

@@ -1,6 +1,8 @@
 // Dense, causal and sliding-window attention: one schedule, told apart by two integers at run time.
 #pragma once
 
+#include <cstdint>
+
 #include "fastattn/schedule/schedule.hpp"
 
 namespace fastattn {
@@ -66,6 +68,7 @@ struct Band {
   constexpr int key_box(TileShape shape) const { return shape.k; }
 
   constexpr bool suits(TileShape) const { return true; }
+  FASTATTN_HD constexpr Band slots() const { return *this; }
   FASTATTN_HD constexpr Band at(int, int) const { return *this; }  // one mask for all heads
 
   FASTATTN_HD constexpr Cursor runs(int q_tile, TileShape shape) const {
@@ -91,7 +94,23 @@ struct Band {
   FASTATTN_HD constexpr Band transposed() const { return {num_k, num_q, right, left}; }
 };
 
-static_assert(TileSchedule<Band> && ScheduleFamily<Band>);
+// The same with sides of each head's own, of which the narrower ones count.
+struct Bands {
+  Band of_all;
+  // [heads], in memory of the device; below 0: unbounded. Null: the band of all.
+  const std::int32_t *left = nullptr, *right = nullptr;
+
+  constexpr bool suits(TileShape) const { return true; }
+  FASTATTN_HD constexpr Band slots() const { return of_all; }
+  FASTATTN_HD constexpr Band at(int, int head) const {
+    const auto narrower = [head](const std::int32_t* own, int of_all) {
+      return own == nullptr || own[head] < 0 ? of_all : min_of(static_cast<int>(own[head]), of_all);
+    };
+    return {of_all.num_q, of_all.num_k, narrower(left, of_all.left), narrower(right, of_all.right)};
+  }
+};
+
+static_assert(TileSchedule<Band> && ScheduleFamily<Band> && ScheduleFamily<Bands>);
 static_assert(is_exact(Band{17, 22, 6, 0}, {8, 4}));
 
 }  // namespace fastattn

@@ -247,6 +247,7 @@ struct BlockLists {
 
   // Do a tile's queries lie in one block? Else it visits what either of two rows of blocks lists.
   constexpr bool suits(TileShape tile) const { return first.block.q % tile.q == 0; }
+  FASTATTN_HD constexpr BlockList slots() const { return first; }
   FASTATTN_HD constexpr BlockList at(int b, int h) const {
     const int index = (batch == 1 ? 0 : b) * heads + (heads == 1 ? 0 : h);
     BlockList list = first;

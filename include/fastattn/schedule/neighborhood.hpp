@@ -255,6 +255,7 @@ struct NeighborhoodSchedule {
   }
 
   constexpr bool suits(TileShape) const { return true; }
+  FASTATTN_HD constexpr NeighborhoodSchedule slots() const { return *this; }
   FASTATTN_HD constexpr NeighborhoodSchedule at(int, int) const { return *this; }  // one mask for all heads
 
   // The positions that a query keeps in its dilation group; none if it is padding.

@@ -100,6 +100,7 @@ template <class S>
 concept ScheduleFamily =
     std::is_trivially_copyable_v<S> && requires(const S schedules, int batch, int head, TileShape tile) {
       { schedules.suits(tile) } -> std::same_as<bool>;  // else a kernel with other tiles is preferred, if any
+      { schedules.slots() } -> TileSchedule;            // of any head; reads no memory of the device
       { schedules.at(batch, head) } -> TileSchedule;
     };
 

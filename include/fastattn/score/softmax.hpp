@@ -97,4 +97,26 @@ struct SoftmaxBy {
 
 using Softmax = SoftmaxBy<float>;
 
+// With a logit of each head's own in the sum, which has no value (Efficient Streaming Language Models with Attention
+// Sinks, arXiv 2309.17453; learnt in gpt-oss, arXiv 2508.10925). A row that keeps nothing has it alone.
+template <class Base>
+struct WithSinks : Base {
+  const float* sinks = nullptr;  // [heads], in memory of the device; null: none
+  int head = 0;
+
+  FASTATTN_HD WithSinks at(int head) const { return {Base::at(head), sinks, head}; }
+
+  template <class Reduce>
+  FASTATTN_HD RowResult finish(typename Base::State state, Reduce&& reduce) const {
+    const float sink_log2 = sinks == nullptr ? -kInfinity : sinks[head] * kLog2E;
+    if (sink_log2 == -kInfinity) {
+      return Base::finish(state, reduce);
+    }
+    const float sum = reduce(state.sum), base = sum == 0.f ? -kInfinity : state.base_log2 - Base::kBaseWeightLog2;
+    const float most = max_of(base, sink_log2), unit = exp2(base - most);
+    const float all = sum * unit + exp2(sink_log2 - most);
+    return {sum == 0.f ? 0.f : unit / all, (most + log2(all)) * kLn2};
+  }
+};
+
 }  // namespace fastattn

@@ -5,9 +5,11 @@ Written for float64 and for comparison. Nothing here shares code with the kernel
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ..block_list import BlockList
 
@@ -17,22 +19,20 @@ def band_mask(
     seq_k: int,
     *,
     causal: bool = False,
-    window: tuple[int, int] | None = None,
+    window: tuple[int | Tensor, int | Tensor] | None = None,
     queries: slice = slice(None),
     device: torch.device | str = "cpu",
 ) -> Tensor:
-    """Which key each of the queries sees: bool ``[queries, seq_k]``."""
-    left, right = (-1, -1) if window is None else window
+    """Which key each of the queries sees: bool ``[queries, seq_k]``, of each head if a side of the window is."""
+    left, right = (_of_heads(side) for side in ((-1, -1) if window is None else window))
     position = torch.arange(seq_q, device=device)[queries, None] + (seq_k - seq_q)  # where a query is among the keys
     offset = torch.arange(seq_k, device=device)[None, :] - position
-    keep = torch.ones_like(offset, dtype=torch.bool)
-    if left != -1:
-        keep &= offset >= -left
-    if right != -1:
-        keep &= offset <= right
-    if causal:
-        keep &= offset <= 0
-    return keep
+    keep = ((left < 0) | (offset >= -left)) & ((right < 0) | (offset <= right))
+    return keep & (offset <= 0) if causal else keep
+
+
+def _of_heads(side: int | Tensor) -> Tensor:
+    return side[:, None, None] if isinstance(side, Tensor) else torch.tensor(side)
 
 
 def attention(
@@ -42,11 +42,12 @@ def attention(
     *,
     scale: float | None = None,
     causal: bool = False,
-    window: tuple[int, int] | None = None,
+    window: tuple[int | Tensor, int | Tensor] | None = None,
+    **options: Any,
 ) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp of ``fastattn.attention``, in the dtype of ``q``; autograd differentiates it."""
     keep = band_mask(q.shape[1], k.shape[1], causal=causal, window=window, device=q.device)
-    return masked_attention(q, k, v, keep, scale=scale)
+    return masked_attention(q, k, v, keep, scale=scale, **options)
 
 
 def block_sparse_attention(
@@ -133,15 +134,33 @@ def neighborhood_attention(
 
 
 def masked_attention(
-    q: Tensor, k: Tensor, v: Tensor, keep: Tensor, *, scale: float | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    keep: Tensor,
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
+    key_bias: Tensor | None = None,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention over the scores that ``keep``, bool ``[(batch, heads,) seq_q, seq_k]``, names."""
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     group = q.shape[2] // k.shape[2] if k.shape[2] else 1
     k = k.repeat_interleave(group, dim=2)
     v = v.repeat_interleave(group, dim=2)
-    sees = keep.any(-1)  # rows without a key have no softmax
     scores = scale * torch.einsum("bqhd,bkhd->bhqk", q, k)
+    if softcap is not None:
+        scores = softcap * (scores / softcap).tanh()
+    if key_bias is not None:
+        bias = key_bias[:, :, None, :].to(scores.dtype)
+        scores, keep = scores + bias, keep & (bias > -math.inf)
+    if sinks is not None:  # one key more, with a value of 0, which all see
+        sink = sinks[:, None, None].to(scores.dtype).expand(*scores.shape[:-1], 1)
+        scores = torch.cat([scores, sink], -1)
+        keep = torch.cat([keep.expand(scores[..., :-1].shape), torch.ones_like(sink, dtype=torch.bool)], -1)
+        v = pad(v, (0, 0, 0, 0, 0, 1))
+    sees = keep.any(-1)  # rows without a key have no softmax
     scores = scores.masked_fill(~keep, -math.inf).masked_fill(~sees[..., None], 0)
     weights = scores.softmax(-1).masked_fill(~sees[..., None], 0)
     lse = scores.logsumexp(-1).masked_fill(~sees, -math.inf)
