@@ -90,7 +90,8 @@ def attention(
     Returns:
         The output, ``[batch, seq_q, heads, head_dim]``, contiguous, in the dtype of ``q``; with ``return_lse`` that and
         the natural log-sum-exp of the scaled, masked scores, float32 ``[batch, heads, seq_q]``. Both are
-        differentiable in q, k, v and sinks, but not yet with a softcap or a key bias; second derivatives are not available.
+        differentiable in q, k, v and sinks, but not yet with a softcap or a key bias. Second derivatives are not
+        available.
 
     Raises:
         RuntimeError: for an argument that cannot be run. The message names the argument, what came and what is allowed.
@@ -100,13 +101,13 @@ def attention(
         >>> attention(q, k, v, causal=True).shape
         torch.Size([2, 128, 8, 64])
     """
-    left, right = (None, None) if window is None else window
-    of_heads = [side if isinstance(side, Tensor) else None for side in (left, right)]
-    of_all = None if window is None else [UNBOUNDED if isinstance(side, Tensor) else side for side in window]
+    sides = (UNBOUNDED, UNBOUNDED) if window is None else window
+    left, right, *_ = [side if isinstance(side, Tensor) else None for side in (*sides, None, None)]
+    of_all = [UNBOUNDED if isinstance(side, Tensor) else side for side in sides]
     if softcap is not None and not softcap > 0:
         raise ValueError(f"attention: softcap must be positive, or None, got {softcap}")
     out, lse = torch.ops.fastattn.attention(
-        q, k, v, sinks, key_bias, *of_heads, scale=scale, causal=causal, window=of_all, softcap=softcap or 0.0
+        q, k, v, sinks, key_bias, left, right, scale=scale, causal=causal, window=of_all, softcap=softcap or 0.0
     )
     return (out, lse) if return_lse else out
 
@@ -171,11 +172,11 @@ def backward_fake(
 
 
 def save_inputs_and_outputs(
-    ctx: Any, inputs: tuple[Tensor | None, ...], keyword_only_inputs: dict[str, Any], output: tuple[Tensor, ...]
+    ctx: Any, inputs: tuple[Tensor | None, ...], options: dict[str, Any], output: tuple[Tensor, ...]
 ) -> None:
     ctx.save_for_backward(*inputs, *output)
     ctx.set_materialize_grads(False)
-    ctx.options = keyword_only_inputs
+    ctx.options = options
 
 
 def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -206,8 +207,8 @@ _HEAD_WINDOWS = "Tensor? window_left=None, Tensor? window_right=None"
 register(
     Op(
         name="attention",
-        schema=f"(Tensor q, Tensor k, Tensor v, Tensor? sinks=None, Tensor? key_bias=None, {_HEAD_WINDOWS}, *, {_BAND}, "
-        "float softcap=0.0) -> (Tensor out, Tensor lse)",
+        schema=f"(Tensor q, Tensor k, Tensor v, Tensor? sinks=None, Tensor? key_bias=None, {_HEAD_WINDOWS}, *, "
+        f"{_BAND}, float softcap=0.0) -> (Tensor out, Tensor lse)",
         fake=forward_fake,
         flops=forward_flops,
         setup_context=save_inputs_and_outputs,

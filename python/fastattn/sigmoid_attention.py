@@ -87,11 +87,9 @@ def _backward_fake(
     )
 
 
-def _setup_context(
-    ctx: Any, inputs: tuple[Tensor | None, ...], keyword_only_inputs: dict[str, Any], output: Tensor
-) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Tensor | None, ...], options: dict[str, Any], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
-    ctx.options = keyword_only_inputs
+    ctx.options = options
 
 
 def _backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
