@@ -35,6 +35,7 @@ struct ForwardParams {
   typename Variant::Score score;        // of all heads
   typename Variant::Epilogue epilogue;
   int heads, heads_per_kv_head, q_tiles;
+  int last_heads;   // of all batch entries: their query tiles are taken in turns
   WorkQueue works;  // query tiles of all heads
   [[no_unique_address]] typename Variant::Operands::Scales scales;
 };
@@ -67,15 +68,18 @@ struct ForwardKernel {
   using Staging = SharedTile<typename Operands::Staged, kTile.q, kHeadDim>;  // of the output
 
   // Which query tile of which head. The last tile of a head goes first: under a causal mask it has the most keys, and
-  // the short ones then fill the gaps at the end.
+  // the short ones then fill the gaps at the end. The last heads are taken together, all their longest tiles first, for
+  // there is nothing after them to fill gaps with; one after the other, heads read the same keys at the same time.
   struct alignas(16) Work {
     int q_tile, head, batch;
     bool exists;
 
     static __device__ Work at(const Params& params, int index) {
-      const int row = index / params.q_tiles;
-      return {params.q_tiles - 1 - index % params.q_tiles, row % params.heads, row / params.heads,
-              index < params.works.count};
+      const int rows = params.works.count / params.q_tiles, first_of_last = rows - params.last_heads;
+      const int within = index - first_of_last * params.q_tiles;
+      const int row = within < 0 ? index / params.q_tiles : first_of_last + within % params.last_heads;
+      const int before = within < 0 ? index % params.q_tiles : within / params.last_heads;
+      return {params.q_tiles - 1 - before, row % params.heads, row / params.heads, true};
     }
   };
 
