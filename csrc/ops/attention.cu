@@ -10,13 +10,14 @@ namespace {
 
 constexpr const char* kOp = "attention";
 
-template <class Element>
-struct Forward : SoftmaxOver<Element, Bands> {
+template <class Element, class Schedule>
+struct Forward : SoftmaxOver<Element, Schedule> {
   using Score = WithSinks<SoftmaxBy<float, WeightsOf<Element>>>;
   // By head_dim, ascending; the reasons are in attention.md.
   static constexpr sm90::Config kForward[] = {
       {.head_dim = 32, .tile = {256, 64}, .stages = 2, .warpgroups = 4},
       {.head_dim = 64, .tile = {192, 128}, .stages = 2, .warpgroups = 3},
+      {.head_dim = 64, .tile = {128, 128}, .stages = 2, .warpgroups = 2},  // for short sequences
       {.head_dim = 96, .tile = {128, 128}, .stages = 2, .warpgroups = 2},
       {.head_dim = 128, .tile = {128, 128}, .stages = 2, .warpgroups = 2},
       {.head_dim = 192, .tile = {128, 64}, .stages = 2, .warpgroups = 2},
@@ -25,7 +26,7 @@ struct Forward : SoftmaxOver<Element, Bands> {
 
 // Of scores with a softcap, or with a term for each key.
 template <class Element, bool kCapped>
-struct ModifiedForward : Forward<Element> {
+struct ModifiedForward : Forward<Element, Bands> {
   using Score = WithSinks<SoftmaxBy<One, WeightsOf<Element>>>;
   using Operands = sm90::ModifiedOperands<Element, kCapped>;
   // A softcap takes registers that the plain kernel's tiles have not.
@@ -35,17 +36,16 @@ struct ModifiedForward : Forward<Element> {
       {.head_dim = 256, .tile = {128, kCapped ? 32 : 64}, .stages = 2, .warpgroups = 2, .query_stages = 1}};
 };
 
-template <class Element>
-struct Backward : SoftmaxOver<Element, Bands> {
+template <class Element, class Schedule>
+struct Backward : SoftmaxOver<Element, Schedule> {
   static constexpr sm90::Config kBackward[] = {{.head_dim = 64, .tile = {128, 128}, .stages = 2, .warpgroups = 2},
                                                {.head_dim = 128, .tile = {64, 128}, .stages = 2, .warpgroups = 2}};
 };
 
 template <class Variant>
-Status run(const Attention& p, const typename Variant::Score& score, const typename Variant::Operands::Scales& scales,
-           Stream stream) {
-  return sm90::run_forward<Variant>(kOp, {p.q, p.k, p.v, bands_of(p), score, {p.out, p.lse}, p.workspace, scales},
-                                    stream);
+Status run(const Attention& p, const typename Variant::Schedule& schedule, const typename Variant::Score& score,
+           const typename Variant::Operands::Scales& scales, Stream stream) {
+  return sm90::run_forward<Variant>(kOp, {p.q, p.k, p.v, schedule, score, {p.out, p.lse}, p.workspace, scales}, stream);
 }
 
 template <class Element, bool kCapped>
@@ -57,30 +57,40 @@ Status run_modified(const Attention& p, Stream stream) {
   } else {
     scales.to_log2 = modifier.scale_log2();
   }
-  return run<ModifiedForward<Element, kCapped>>(p, {{}, p.sinks}, scales, stream);
+  return run<ModifiedForward<Element, kCapped>>(p, bands_of(p), {{}, p.sinks}, scales, stream);
+}
+
+// Calls run(schedule): windows of each head's own cost partial tiles instructions.
+template <class Run>
+Status with_schedule(const Attention& p, Run&& run) {
+  return p.head_left == nullptr && p.head_right == nullptr ? run(band_of(p)) : run(bands_of(p));
 }
 
 }  // namespace
 
 Status attention(const Attention& p, Stream stream) {
   return sm90::run_if_valid(kOp, p, p.q.dtype, [&]<class Element>() {
-    return !p.modifier().exists() ? run<Forward<Element>>(p, {{p.scale * kLog2E}, p.sinks}, {}, stream)
-           : p.softcap != 0.f       ? run_modified<Element, true>(p, stream)
-                                    : run_modified<Element, false>(p, stream);
+    if (p.modifier().exists()) {
+      return p.softcap != 0.f ? run_modified<Element, true>(p, stream) : run_modified<Element, false>(p, stream);
+    }
+    return with_schedule(p, [&]<class Schedule>(const Schedule& schedule) {
+      return run<Forward<Element, Schedule>>(p, schedule, {{p.scale * kLog2E}, p.sinks}, {}, stream);
+    });
   });
 }
 
 Status attention_backward(const AttentionBackward& problem, Stream stream) {
-  constexpr const char* kOp = "attention_backward";
-  return sm90::run_if_valid(kOp, problem, problem.forward.q.dtype, [&]<class Element>() {
-    return softmax_backward<Backward<Element>>(kOp, problem, bands_of(problem.forward), stream);
+  return sm90::run_if_valid("attention_backward", problem, problem.forward.q.dtype, [&]<class Element>() {
+    return with_schedule(problem.forward, [&]<class Schedule>(const Schedule& schedule) {
+      return softmax_backward<Backward<Element, Schedule>>("attention_backward", problem, schedule, stream);
+    });
   });
 }
 
 std::size_t attention_backward_workspace(const AttentionBackward& problem, Stream) {
   const TensorView& q = problem.forward.q;
   return sm90::with_element(q.dtype, [&]<class Element>() {
-    return sm90::backward_workspace<Backward<Element>>(q, bands_of(problem.forward));
+    return sm90::backward_workspace<Backward<Element, Band>>(q, band_of(problem.forward));
   });
 }
 

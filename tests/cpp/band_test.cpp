@@ -91,4 +91,27 @@ const Test visits_no_empty_tile("band: an empty tile is never visited", [] {
   }
 });
 
+const Test sides_of_heads("band: of a head's own side and that of all the narrower one counts", [] {
+  const std::int32_t left[] = {-1, 3, 90}, right[] = {0, -1, 2};
+  const Band all{37, 61, 20, 5};
+  const auto same = [](const Band& a, const Band& b) {
+    return a.num_q == b.num_q && a.num_k == b.num_k && a.left == b.left && a.right == b.right;
+  };
+  check(same(Bands{all, left, right}.at(1, 0), {37, 61, 20, 0}), "no own left side");
+  check(same(Bands{all, left, right}.at(0, 1), {37, 61, 3, 5}), "no own right side");
+  check(same(Bands{all, left, right}.at(0, 2), {37, 61, 20, 2}), "a wider one");
+  check(same(Bands{all, nullptr, right}.at(0, 2), {37, 61, 20, 2}), "left sides of none");
+  check(same(Bands{all}.at(4, 2), all), "sides of none");
+});
+
+const Test suitable_tiles("band: long tiles of queries suit where they visit little in vain", [] {
+  const auto causal = [](int length) { return Band{length, length, length, 0}; };
+  constexpr TileShape kLong{192, 128};
+  check(!causal(512).suits(kLong) && !causal(1024).suits(kLong), "short, causal");
+  check(causal(4096).suits(kLong) && Band{2048, 2048, 2048, 2048}.suits(kLong), "long");
+  check(!Band{197, 197, 197, 197}.suits(kLong) && !Band{577, 577, 577, 577}.suits(kLong),
+        "a few queries in the last tile");
+  check(Band{0, 5, 5, 5}.suits(kLong) && Band{5, 0, 5, 5}.suits(kLong), "nothing");
+});
+
 }  // namespace

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "check.hpp"
+#include "fastattn/score/modifier.hpp"
 #include "plain_row.hpp"
 
 using namespace fastattn;
@@ -200,6 +201,39 @@ const Test late("softmax: what comes after masked tiles counts in full", [] {
   policy.absorb(state, PlainRow{scores.data(), 2});
   policy.absorb(state, PlainRow{scores.data() + 2, 2});
   check(std::abs(policy.finish(state, Identity{}).lse - 2.3132617f) < 1e-6f, "lse of {1, 2}");
+});
+
+const Test sinks("softmax: a sink is a score whose weight is left out", [] {
+  std::mt19937 random(3);
+  const float of_heads[] = {-kInfinity, 0.3f, 60.f, -60.f};
+  const WithSinks<Softmax> policies{{kLog2E}, of_heads};
+  for (int head = 0; head < 4; ++head) {
+    std::vector<float> scores = random_scores(random, 20), with_sink = scores;
+    with_sink.push_back(of_heads[head]);
+    const Result all = softmax(with_sink, {21}, 1.f);
+    const auto policy = policies.at(head);
+    WithSinks<Softmax>::State state;
+    policy.absorb(state, PlainRow{scores.data(), 20});
+    const RowResult result = policy.finish(state, Identity{});
+    for (float& weight : scores) {
+      weight *= result.output_scale;
+    }
+    check_near({scores, result.lse}, {{all.weights.begin(), all.weights.end() - 1}, all.lse}, 0.f, "sink");
+    const RowResult empty = policy.finish({}, Identity{});
+    check(empty.output_scale == 0.f, "a sink alone has no output");
+    check(empty.lse == of_heads[head] || std::abs(empty.lse - of_heads[head]) < 1e-5f, "a sink alone");
+  }
+});
+
+const Test caps("softmax: a softcap is the hyperbolic tangent, and increases", [] {
+  const ScoreModifier modifier{0.25f, 30.f, {}};
+  float last = -kInfinity;
+  for (float score = -2000.f; score <= 2000.f; score += 0.37f) {
+    const float expected = 30. * std::tanh(0.25 * score / 30.) * kLog2E, capped = modifier.cap()(score);
+    check(std::abs(capped - expected) < 1e-5f * 30.f && capped >= last, "softcap of " + std::to_string(score));
+    last = capped;
+  }
+  check(!ScoreModifier{1.f, 0.f, {}}.exists() && modifier.exists(), "a modifier that changes nothing is none");
 });
 
 }  // namespace

@@ -67,7 +67,22 @@ struct Band {
   constexpr int query_box(TileShape shape) const { return shape.q; }
   constexpr int key_box(TileShape shape) const { return shape.k; }
 
-  constexpr bool suits(TileShape) const { return true; }
+  // Is little of what a tile visits in vain, beside tiles of fewer queries?
+  constexpr bool suits(TileShape tile) const {
+    return static_cast<double>(visited(tile)) <= kMostVisited * static_cast<double>(visited({64, tile.k}));
+  }
+  static constexpr double kMostVisited = 1.12;  // see csrc/ops/attention.md
+
+  // Scores of all tiles that are visited.
+  constexpr std::int64_t visited(TileShape tile) const {
+    std::int64_t tiles = 0;
+    for (int q_tile = 0; q_tile * tile.q < num_q; ++q_tile) {
+      const Cursor cursor = runs(q_tile, tile);
+      tiles += cursor.end - cursor.at;
+    }
+    return tiles * tile.q * tile.k;
+  }
+
   FASTATTN_HD constexpr Band slots() const { return *this; }
   FASTATTN_HD constexpr Band at(int, int) const { return *this; }  // one mask for all heads
 
@@ -100,7 +115,7 @@ struct Bands {
   // [heads], in memory of the device; below 0: unbounded. Null: the band of all.
   const std::int32_t *left = nullptr, *right = nullptr;
 
-  constexpr bool suits(TileShape) const { return true; }
+  constexpr bool suits(TileShape tile) const { return of_all.suits(tile); }
   FASTATTN_HD constexpr Band slots() const { return of_all; }
   FASTATTN_HD constexpr Band at(int, int head) const {
     const auto narrower = [head](const std::int32_t* own, int of_all) {
