@@ -61,9 +61,11 @@ struct MapEncoder {
 
 // How many heads are taken together at the end, see ForwardKernel::Work: enough of them for two works a block, if their
 // keys and values stay in the L2 cache (of 50 MB, in two halves; more than this was up to 15 % slower).
-inline int last_heads(const TensorView& k, std::int64_t rows, int heads_per_kv_head, int q_tiles, std::int64_t blocks) {
+inline int last_heads(const TensorView& k, const TensorView& v, std::int64_t rows, int heads_per_kv_head, int q_tiles,
+                      std::int64_t blocks) {
   constexpr std::int64_t kCachedBytes = 24 << 20;
-  const std::int64_t bytes = max_of<std::int64_t>(2 * k.seq() * k.head_dim() * size_of(k.dtype), 1);
+  const std::int64_t of_key = k.head_dim() * (size_of(k.dtype) + size_of(v.dtype));
+  const std::int64_t bytes = max_of<std::int64_t>(k.seq() * of_key, 1);
   const std::int64_t cached = max_of<std::int64_t>(kCachedBytes / bytes * heads_per_kv_head, 1);
   return static_cast<int>(min_of(min_of(rows, cached), ceil_div<std::int64_t>(2 * blocks, max_of(q_tiles, 1))));
 }
@@ -96,7 +98,7 @@ Status launch_forward(const char* op, const ForwardProblem<Variant>& problem, St
   }
   const std::int64_t rows = problem.q.batch() * params.heads, works = rows * params.q_tiles;
   const std::int64_t blocks = min_of(works, std::int64_t{num_multiprocessors()});
-  params.last_heads = last_heads(problem.k, rows, params.heads_per_kv_head, params.q_tiles, blocks);
+  params.last_heads = last_heads(problem.k, problem.v, rows, params.heads_per_kv_head, params.q_tiles, blocks);
   if (works > kMostWorks) {
     return failure("%s: q has %lld tiles of %d tokens, allowed are %lld", op, static_cast<long long>(works),
                    Kernel::kTile.q, static_cast<long long>(kMostWorks));

@@ -34,8 +34,8 @@ std::tuple<Tensor, Tensor> attention(Tensor q, Tensor k, Tensor v, std::optional
   v = call.input("v", v);
   const Place place(q);
   const std::int64_t rows[] = {q.sizes()[0], q.sizes()[2], q.sizes()[1]};
-  const Tensor out = torch::stable::new_empty(q, q.sizes());
-  const Tensor lse = torch::stable::new_empty(q, rows, ScalarType::Float);
+  const Tensor out = allocate_like(q);
+  const Tensor lse = allocate(q, rows, ScalarType::Float);
   const Workspace workspace(q, Place::kForwardWorkspace);
   Attention problem{.q = view(q),
                     .k = view(k),
@@ -74,9 +74,9 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(Tensor dout, std::optional
     dlse = call.row_statistics("dlse", *dlse, q);
   }
   const Place place(q);
-  const Tensor dq = torch::stable::new_empty(q, q.sizes());
-  const Tensor dk = torch::stable::new_empty(k, k.sizes());
-  const Tensor dv = torch::stable::new_empty(v, v.sizes());
+  const Tensor dq = allocate_like(q);
+  const Tensor dk = allocate_like(k);
+  const Tensor dv = allocate_like(v);
   AttentionBackward problem{.forward = {.q = view(q),
                                         .k = view(k),
                                         .v = view(v),

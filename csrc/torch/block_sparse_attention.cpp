@@ -21,8 +21,8 @@ std::tuple<Tensor, Tensor> block_sparse_attention(Tensor q, Tensor k, Tensor v, 
   const Grid grid = grid_of(kOp, q, k, counts, block_size);
   const List rows = list_of(call, kRows, counts, indices, full, grid.of_rows());
   const Place place(q);
-  const Tensor out = torch::stable::new_empty(q, q.sizes());
-  const Tensor lse = torch::stable::new_empty(q, Shape{q.sizes()[0], q.sizes()[2], q.sizes()[1]}, ScalarType::Float);
+  const Tensor out = allocate_like(q);
+  const Tensor lse = allocate(q, Shape{q.sizes()[0], q.sizes()[2], q.sizes()[1]}, ScalarType::Float);
   const Workspace workspace(q, Place::kForwardWorkspace);
   require(fastattn::block_sparse_attention({.q = view(q),
                                             .k = view(k),
@@ -58,9 +58,9 @@ std::tuple<Tensor, Tensor, Tensor> block_sparse_attention_backward(
   require(full.has_value() == column_full.has_value(), kOp,
           ": column_full must be given where full is, and only there");
   const Place place(q);
-  const Tensor dq = torch::stable::new_empty(q, q.sizes());
-  const Tensor dk = torch::stable::new_empty(k, k.sizes());
-  const Tensor dv = torch::stable::new_empty(v, v.sizes());
+  const Tensor dq = allocate_like(q);
+  const Tensor dk = allocate_like(k);
+  const Tensor dv = allocate_like(v);
   BlockSparseAttentionBackward problem{
       .forward = {.q = view(q),
                   .k = view(k),

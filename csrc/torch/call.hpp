@@ -78,8 +78,30 @@ inline bool last_dim_is_contiguous(const Tensor& tensor) {
   return tensor.numel() == 0 || tensor.sizes()[3] == 1 || tensor.stride(3) == 1;
 }
 
+// An uninitialised, contiguous tensor where `like` is. torch::stable::new_empty finds its way through the dispatcher by
+// name: 6 µs on a GPU machine's host, which is more than the launch of a kernel.
+inline Tensor allocate(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef shape, ScalarType type) {
+  std::array<std::int64_t, 8> strides;
+  require(shape.size() <= strides.size(), "a tensor of ", shape.size(), " dimensions");
+  std::int64_t stride = 1;
+  for (std::size_t i = shape.size(); i-- > 0;) {
+    strides[i] = stride;
+    stride *= std::max<std::int64_t>(shape[i], 1);
+  }
+  std::int32_t device_type;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(static_cast<std::int64_t>(shape.size()), shape.data(), strides.data(),
+                               torch::stable::detail::to<std::int32_t>(torch::stable::detail::from(type)), device_type,
+                               like.get_device_index(), &handle));
+  return Tensor(handle);
+}
+
+inline Tensor allocate_like(const Tensor& tensor) { return allocate(tensor, tensor.sizes(), tensor.scalar_type()); }
+
 inline Tensor compact_copy(const Tensor& tensor) {
-  Tensor copy = torch::stable::new_empty(tensor, tensor.sizes());
+  Tensor copy = allocate_like(tensor);
   return torch::stable::copy_(copy, tensor);
 }
 
@@ -107,7 +129,7 @@ class Workspace {
   Workspace(const Tensor& like, std::size_t bytes) {
     if (bytes > 0) {
       const std::array shape{static_cast<std::int64_t>(bytes + kAlignment)};
-      memory_ = torch::stable::new_empty(like, shape, ScalarType::Byte);
+      memory_ = allocate(like, shape, ScalarType::Byte);
     }
   }
 
@@ -190,7 +212,7 @@ class Call {
     tensor = array(name, *tensor, ScalarType::Float, "[batch or 1, heads or 1, seq_k]", {batch, heads, keys});
     const bool aligned = reinterpret_cast<std::uintptr_t>(tensor->data_ptr()) % 16 == 0;
     if (!aligned || keys != padded_tokens(keys)) {
-      Tensor padded = torch::stable::new_empty(*tensor, std::array{batch, heads, padded_tokens(keys)});
+      Tensor padded = allocate(*tensor, std::array{batch, heads, padded_tokens(keys)}, ScalarType::Float);
       Tensor part = torch::stable::narrow(padded, 2, 0, keys);
       torch::stable::copy_(part, *tensor);
       tensor = padded;

@@ -60,8 +60,8 @@ std::tuple<Tensor, Tensor> estimate_blocks(Tensor q, Tensor q_scales, Tensor k, 
   const Place place(q);
 
   const std::int64_t rows = ceil_div(judged, block_size[0] / query_stride), columns = ceil_div(seq_k, block_size[1]);
-  const Tensor counts = torch::stable::new_empty(q, Shape{batch, heads, rows}, ScalarType::Int);
-  const Tensor indices = torch::stable::new_empty(q, Shape{batch, heads, rows, columns}, ScalarType::Int);
+  const Tensor counts = allocate(q, Shape{batch, heads, rows}, ScalarType::Int);
+  const Tensor indices = allocate(q, Shape{batch, heads, rows, columns}, ScalarType::Int);
   problem.q_scales = q_scales.const_data_ptr<float>();
   problem.k_scales = k_scales.const_data_ptr<float>();
   problem.floor = floor.const_data_ptr<float>();

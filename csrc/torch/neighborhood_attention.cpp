@@ -81,10 +81,10 @@ std::tuple<Tensor, Tensor> neighborhood_attention(Tensor q, Tensor k, Tensor v, 
   constexpr const char* kOp = "neighborhood_attention";
   const Call<Place> call(kOp, q);
   const Shape lengths = lengths_of(kOp, q);
-  const Tensor out = torch::stable::new_empty(q, q.sizes());
+  const Tensor out = allocate_like(q);
   Shape rows{q.sizes()[0], q.sizes()[q.dim() - 2]};
   rows.insert(rows.end(), lengths.begin(), lengths.end());
-  const Tensor lse = torch::stable::new_empty(q, rows, ScalarType::Float);
+  const Tensor lse = allocate(q, rows, ScalarType::Float);
   q = call.input("q", flatten(kOp, "q", q, lengths, 1));
   k = call.input("k", flatten(kOp, "k", k, lengths, 1));
   v = call.input("v", flatten(kOp, "v", v, lengths, 1));
@@ -111,9 +111,9 @@ std::tuple<Tensor, Tensor, Tensor> neighborhood_attention_backward(Tensor dout, 
   constexpr const char* kOp = "neighborhood_attention_backward";
   const Call<Place> call(kOp, q);
   const Shape lengths = lengths_of(kOp, q);
-  const Tensor dq = torch::stable::new_empty(q, q.sizes());
-  const Tensor dk = torch::stable::new_empty(k, k.sizes());
-  const Tensor dv = torch::stable::new_empty(v, v.sizes());
+  const Tensor dq = allocate_like(q);
+  const Tensor dk = allocate_like(k);
+  const Tensor dv = allocate_like(v);
   q = call.input("q", flatten(kOp, "q", q, lengths, 1));
   k = call.input("k", flatten(kOp, "k", k, lengths, 1));
   v = call.input("v", flatten(kOp, "v", v, lengths, 1));

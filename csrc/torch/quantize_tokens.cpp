@@ -46,11 +46,11 @@ std::tuple<Tensor, Tensor, Tensor> quantize_tokens(Tensor x, std::optional<Tenso
   using Shape = std::vector<std::int64_t>;
   const auto bytes = [&](std::int64_t count) { return count * bits_of(token_format) / 8; };
   const std::int64_t groups = transpose ? dim : num_groups(tokens, std::max<std::int64_t>(problem.group, 1));
-  const Tensor values = torch::stable::new_empty(
+  const Tensor values = allocate(
       x, transpose ? Shape{batch, heads, dim, bytes(padded_tokens(tokens))} : Shape{batch, tokens, heads, bytes(dim)},
       type);
-  const Tensor scales = torch::stable::new_empty(x, Shape{batch, heads, groups}, ScalarType::Float);
-  const Tensor mean = torch::stable::new_empty(x, Shape{batch, heads, smooth ? dim : 0}, ScalarType::Float);
+  const Tensor scales = allocate(x, Shape{batch, heads, groups}, ScalarType::Float);
+  const Tensor mean = allocate(x, Shape{batch, heads, smooth ? dim : 0}, ScalarType::Float);
   problem.values = values.mutable_data_ptr();
   problem.scales = scales.mutable_data_ptr<float>();
   problem.mean = smooth ? mean.mutable_data_ptr<float>() : nullptr;

@@ -74,8 +74,8 @@ std::tuple<Tensor, Tensor> quantized_attention(Tensor q, Tensor q_scales, Tensor
   problem.order = call.permutation("order", order, batch, seq_q, heads);
 
   const Place place(q);
-  const Tensor out = torch::stable::new_empty(q, Shape{batch, seq_q, heads, dim}, out_type);
-  const Tensor lse = torch::stable::new_empty(q, Shape{batch, heads, seq_q}, ScalarType::Float);
+  const Tensor out = allocate(q, Shape{batch, seq_q, heads, dim}, out_type);
+  const Tensor lse = allocate(q, Shape{batch, heads, seq_q}, ScalarType::Float);
   problem.out = view(out);
   problem.lse = lse.mutable_data_ptr<float>();
   const Workspace workspace(q, quantized_attention_workspace(problem, place.executor));

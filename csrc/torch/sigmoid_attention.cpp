@@ -42,7 +42,7 @@ Tensor sigmoid_attention(Tensor q, Tensor k, Tensor v, std::optional<Tensor> bia
   v = call.input("v", v);
   const Place place(q);
   SigmoidAttention problem = problem_of(kOp, call, q, k, v, bias, constant_bias, scale, causal, window);
-  const Tensor out = torch::stable::new_empty(q, q.sizes());
+  const Tensor out = allocate_like(q);
   problem.out = view(out);
   const Workspace workspace(q, Place::kForwardWorkspace);
   problem.workspace = workspace.address();
@@ -63,11 +63,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sigmoid_attention_backward(Tensor dou
   v = call.input("v", v);
   dout = call.gradient("dout", dout);
   const Place place(q);
-  const Tensor dq = torch::stable::new_empty(q, q.sizes());
-  const Tensor dk = torch::stable::new_empty(k, k.sizes());
-  const Tensor dv = torch::stable::new_empty(v, v.sizes());
+  const Tensor dq = allocate_like(q);
+  const Tensor dk = allocate_like(k);
+  const Tensor dv = allocate_like(v);
   const std::int64_t biases[] = {bias ? q.sizes()[2] : 0};
-  const Tensor dbias = torch::stable::new_empty(q, biases, ScalarType::Float);
+  const Tensor dbias = allocate(q, biases, ScalarType::Float);
   SigmoidAttentionBackward problem{
       .forward = problem_of(kOp, call, q, k, v, bias, constant_bias, scale, causal, window),
       .dout = view(dout),

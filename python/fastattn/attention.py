@@ -101,9 +101,10 @@ def attention(
         >>> attention(q, k, v, causal=True).shape
         torch.Size([2, 128, 8, 64])
     """
-    sides = (UNBOUNDED, UNBOUNDED) if window is None else window
-    left, right, *_ = [side if isinstance(side, Tensor) else None for side in (*sides, None, None)]
-    of_all = [UNBOUNDED if isinstance(side, Tensor) else side for side in sides]
+    left = right = of_all = None
+    if window is not None:
+        left, right, *_ = [side if isinstance(side, Tensor) else None for side in (*window, None, None)]
+        of_all = [UNBOUNDED if isinstance(side, Tensor) else side for side in window]
     if softcap is not None and not softcap > 0:
         raise ValueError(f"attention: softcap must be positive, or None, got {softcap}")
     out, lse = torch.ops.fastattn.attention(
