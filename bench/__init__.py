@@ -1,1 +1,1 @@
-"""`python -m bench` measures fastattn and its peers and writes records; `bench.readme` puts them into README.md."""
+"""`python -m bench` measures fastattn and its peers and writes records; `bench.readme` shows them as tables."""

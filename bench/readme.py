@@ -1,6 +1,12 @@
-"""python -m bench.readme: writes the measured figures into README.md; with --check, tells if they are stale."""
+"""python -m bench.readme: writes what the records say: all of it beside them, in sum into README.md.
 
+With --check, tells if either is stale.
+"""
+
+from collections.abc import Iterator
+from math import exp, log
 from pathlib import Path
+from statistics import fmean
 from typing import Annotated, Any
 
 import typer
@@ -9,29 +15,85 @@ from .ops import OPS
 from .records import RESULTS, Record, of_bound, read
 
 README = Path(__file__).parent.parent / "README.md"
+FIGURES = RESULTS / "README.md"
 BEGIN = "<!-- measured figures: written by `python -m bench.readme` from bench/results -->"
 END = "<!-- end of measured figures -->"
 
 
 def is_current() -> bool:
     text = README.read_text()
-    return rendered(text) == text
+    return rendered(text) == text and FIGURES.read_text() == figures()
 
 
 def rendered(readme: str) -> str:
-    """README's text with the figures between the markers written anew."""
+    """README's text with the sums between the markers written anew."""
     head, rest = readme.split(BEGIN)
     _, tail = rest.split(END)
-    return f"{head}{BEGIN}\n\n{figures()}\n\n{END}{tail}"
+    return f"{head}{BEGIN}\n\n{summary()}\n\n{END}{tail}"
+
+
+def all_records() -> Iterator[tuple[str, list[Record]]]:
+    """Of every op that has some, machine by machine."""
+    for op in OPS:
+        for path in sorted(RESULTS.glob(f"{op}.*.json")):
+            if records := read(path):
+                yield op, records
+
+
+def summary() -> str:
+    """A row for each op, machine and mode."""
+    headings = ("op", "machine", "mode", "cases", "faster than the best peer", "than our dense attention")
+    lines = [f"| {' | '.join(headings)} |", "|---|---|---|--:|--:|--:|"]
+    for op, records in all_records():
+        for mode in dict.fromkeys(record["mode"] for record in records):
+            of_mode = [record for record in records if record["mode"] == mode]
+            ratios = [ratio for record in of_mode if (ratio := over_peers(record))]
+            speedups = [record["against"]["ours_dense"] / record["time_us"] for record in of_mode if has_dense(record)]
+            if not (ratios or speedups):
+                continue
+            machine = of_mode[0]["machine"]
+            name = machine.get("gpu") or f"{machine['cpu']}, {machine['threads']} threads"
+            cells = (f"`{op}`", name, mode, str(len(of_mode)), spread(ratios), spread(speedups))
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) if len(lines) > 2 else "Not measured yet."
+
+
+def spread(ratios: list[float]) -> str:
+    """Their geometric mean, the least and the most."""
+    if not ratios:
+        return "–"
+    return f"{exp(fmean(map(log, ratios))):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+
+
+def over_peers(record: Record) -> float | None:
+    """Times that the op is as fast as its fastest peer."""
+    peers = [time for name, time in record["against"].items() if name not in YARDSTICKS]
+    return min(peers) / record["time_us"] if peers else None
+
+
+YARDSTICKS = ("ours_dense", "unquantized", "softmax", "eager")
+"""Contestants that are no peers: ops of fastattn itself, and the plain formula."""
+
+
+def has_dense(record: Record) -> bool:
+    return "ours_dense" in record["against"]
 
 
 def figures() -> str:
     """The tables of every op that has records."""
-    parts = []
-    for op in OPS:
-        if tables := [table(records) for path in sorted(RESULTS.glob(f"{op}.*.json")) if (records := read(path))]:
-            parts += [f"### `{op}`", *tables]
-    return "\n\n".join(parts) or "Not measured yet."
+    parts = [
+        "# Measured figures",
+        "Written by `python -m bench.readme` from the records beside this file. Medians of runs in which fastattn and "
+        "its peers took turns on the same inputs in one process; a ratio above 1 means that fastattn was faster. The "
+        "error is relative, in norm, against float64. Figures compare only within one machine.",
+    ]
+    heading = ""
+    for op, records in all_records():
+        if op != heading:
+            parts.append(f"## `{op}`")
+            heading = op
+        parts.append(table(records))
+    return "\n\n".join(parts) + "\n"
 
 
 def table(records: list[Record]) -> str:
@@ -40,8 +102,8 @@ def table(records: list[Record]) -> str:
     rows: dict[tuple[str, str], dict[str, Record]] = {}
     for record in records:
         rows.setdefault((record["case"], record["dtype"]), {})[record["mode"]] = record
-    is_sparse = any("ours_dense" in record["against"] for record in records)
-    results = ["TFLOP/s", *(["speedup over dense, of bound"] if is_sparse else []), "ratio to best peer", "error"]
+    any_sparse = any(map(has_dense, records))
+    results = ["TFLOP/s", *(["speedup over dense, of bound"] if any_sparse else []), "ratio to best peer", "error"]
     headings = ["case", "dtype", "forward", *results, "backward", *results]
     lines = [
         f"**{machine_line(records)}**",
@@ -50,7 +112,7 @@ def table(records: list[Record]) -> str:
         f"|---|---{'|--:' * (len(headings) - 2)}|",
     ]
     for (case, dtype), modes in rows.items():
-        cells = [cell for mode in ("fwd", "bwd") for cell in result_cells(modes.get(mode), is_sparse)]
+        cells = [cell for mode in ("fwd", "bwd") for cell in result_cells(modes.get(mode), any_sparse)]
         lines.append(f"| {case_of(case).described} | {dtype} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -68,9 +130,9 @@ def machine_line(records: list[Record]) -> str:
     )
 
 
-def result_cells(record: Record | None, is_sparse: bool) -> list[str]:
+def result_cells(record: Record | None, with_speedup: bool) -> list[str]:
     if record is None:
-        return ["–"] * (5 if is_sparse else 4)
+        return ["–"] * (5 if with_speedup else 4)
     speedup = record["against"]["ours_dense"] / record["time_us"] if "ours_dense" in record["against"] else None
     peers: dict[str, float] = record["against"]
     best = min(peers, key=lambda name: peers[name], default=None)
@@ -79,18 +141,19 @@ def result_cells(record: Record | None, is_sparse: bool) -> list[str]:
     return [
         f"{time:.0f} ms" if time >= 1000 else f"{time:.3g} ms",
         f"{record['tflops']:.3g}",
-        *([of_bound(speedup, record["bound_speedup"])] if is_sparse else []),
+        *([of_bound(speedup, record["bound_speedup"])] if with_speedup else []),
         ratio,
         f"{record['error']:.0e}",
     ]
 
 
-def main(check: Annotated[bool, typer.Option(help="Write nothing; exit 1 if README.md is stale.")] = False) -> None:
-    """Write the measured figures into README.md."""
+def main(check: Annotated[bool, typer.Option(help="Write nothing; exit 1 if one is stale.")] = False) -> None:
+    """Write the measured figures into README.md and bench/results/README.md."""
     if not check:
         README.write_text(rendered(README.read_text()))
+        FIGURES.write_text(figures())
     elif not is_current():
-        typer.echo("README.md does not show the records of bench/results: run `python -m bench.readme`", err=True)
+        typer.echo("README.md or bench/results/README.md is stale: run `python -m bench.readme`", err=True)
         raise typer.Exit(1)
 
 

@@ -153,6 +153,14 @@ def test_readme_shows_the_records() -> None:
     assert readme.is_current(), "run `python -m bench.readme`"
 
 
+def test_a_summary_is_of_peers() -> None:
+    record = {"time_us": 2.0, "against": {"ours_dense": 1.0, "eager": 90.0, "fa4": 3.0, "cudnn": 5.0}}
+    assert readme.over_peers(record) == 1.5
+    assert readme.over_peers({**record, "against": {"eager": 90.0}}) is None
+    assert readme.spread([2.0, 0.5]) == "1.00 (0.50 to 2.00)"
+    assert readme.spread([]) == "–"
+
+
 @pytest.mark.parametrize("case", quantize_bench.CASES, ids=lambda case: case.name)
 def test_tokens_are_quantized_in_torch_as_by_the_op(case: quantize_bench.Case) -> None:
     x = torch.randn(2, 256, 3, 16)
