@@ -79,7 +79,7 @@ struct Attention {
   // below 0 unbounded. Null: the window's.
   const std::int32_t *head_left = nullptr, *head_right = nullptr;
   float softcap = 0.f;           // scaled scores become softcap · tanh(score / softcap); 0: they stay. Forward only
-  KeyBias key_bias;              // then these are added. Forward only
+  KeyBias key_bias = {};         // then these are added. Forward only
   const float* sinks = nullptr;  // [heads], in memory of the device: a logit in each row's sum; null: none
   void* workspace = nullptr;     // kForwardWorkspace bytes
 
