@@ -88,7 +88,11 @@ def measure(
     dout = torch.randn(q.shape, generator=torch.Generator(device).manual_seed(1), device=device).to(q.dtype)
     backward = any(mode != "fwd" for mode in modes)
     keep = partial(case.keep, device=device)
-    sample = Float64Sample(op.formula, keep, q, k, v, dout if backward else None)
+
+    def formula(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
+        return op.formula(q, k, v, keep, **case.modifiers(q.shape[-2], device))
+
+    sample = Float64Sample(formula, keep, q, k, v, dout if backward else None)
 
     measurements = []
     for mode in modes:

@@ -1,16 +1,65 @@
 // attention: the cases and the calls.
+#include <cmath>
+#include <limits>
+#include <optional>
+
 #include "band_case.hpp"
 #include "ops.hpp"
 
 namespace bench {
 namespace {
 
-class AttentionProblem final : public Problem {
- public:
-  AttentionProblem(const Device& device, const BandCase& shape, fastattn::DType dtype)
-      : Problem(device, shape, dtype, Score::kSoftmax), window_(shape.window) {}
+// `bias` is of keys, some of which it hides, the same for all heads; `sinks` are 1 for each head.
+struct AttentionCase final : BandCase {
+  static constexpr const char* kForm = "b1_s4096[x8192]_h8[_kv2]_d64[_causal|_window512][_softcap50][_bias][_sinks]";
+
+  explicit AttentionCase(const std::string& name)
+      : AttentionCase(CaseName(name, kForm, kTokens, R"((_causal|_window(\d+))?(?:_softcap(\d+))?(_bias)?(_sinks)?)")) {
+  }
+
+  static float bias_of(std::int64_t key) {
+    return key % 7 == 6 ? -std::numeric_limits<float>::infinity() : static_cast<float>(key * 37 % 64) / 16.f - 2.f;
+  }
+
+  double modified(double score, std::int64_t key) const override {
+    const double capped = softcap > 0 ? softcap * std::tanh(score / softcap) : score;
+    return capped + (bias ? bias_of(key) : 0.f);
+  }
+  double sink() const override { return sinks ? kSink : BandCase::sink(); }
+
+  static constexpr float kSink = 1.f;
+  const float softcap;
+  const bool bias, sinks;
 
  private:
+  explicit AttentionCase(const CaseName& parts)
+      : BandCase(parts),
+        softcap(static_cast<float>(number(parts.mask[3]))),
+        bias(parts.mask[4].matched),
+        sinks(parts.mask[5].matched) {}
+};
+
+class AttentionProblem final : public Problem {
+ public:
+  AttentionProblem(const Device& device, const AttentionCase& shape, fastattn::DType dtype)
+      : Problem(device, shape, dtype, Score::kSoftmax), shape_(shape) {
+    if (shape.bias) {
+      bias_.emplace(device, fastattn::DType::kFloat32, 1, 1, 1, fastattn::padded_tokens(shape.seq_k));
+      bias_->fill([&](std::int64_t key) {  // what is past the keys is not looked at
+        return key < shape.seq_k ? AttentionCase::bias_of(key) : std::numeric_limits<float>::quiet_NaN();
+      });
+    }
+    if (shape.sinks) {
+      sinks_.emplace(device, fastattn::DType::kFloat32, 1, 1, 1, shape.heads);
+      sinks_->fill([](std::int64_t) { return AttentionCase::kSink; });
+    }
+  }
+
+ private:
+  static const float* floats(const std::optional<Tensor>& tensor) {
+    return tensor ? static_cast<const float*>(tensor->view().data) : nullptr;
+  }
+
   fastattn::Attention problem() const {
     return {.q = q_.view(),
             .k = k_.view(),
@@ -18,7 +67,10 @@ class AttentionProblem final : public Problem {
             .out = out_.view(),
             .lse = lse(),
             .scale = scale_,
-            .window = window_,
+            .window = shape_.window,
+            .softcap = shape_.softcap,
+            .key_bias = {.bias = floats(bias_)},
+            .sinks = floats(sinks_),
             .workspace = forward_workspace()};
   }
 
@@ -44,10 +96,11 @@ class AttentionProblem final : public Problem {
         [&](const auto& executor) { return fastattn::attention_backward_workspace(backward_problem(), executor); });
   }
 
-  const fastattn::Window window_;
+  const AttentionCase& shape_;
+  std::optional<Tensor> bias_, sinks_;
 };
 
-const AddOp<BandCase, AttentionProblem> kOp{
+const AddOp<AttentionCase, AttentionProblem> kOp{
     "attention",
     {
         "b1_s4096_h8_d64",
@@ -85,7 +138,11 @@ const AddOp<BandCase, AttentionProblem> kOp{
         "b1_s16384_h8_d256_causal",
         "b1_s16384_h64_d32",
         "b1_s16384_h20_d96_causal",
+        "b1_s16384_h16_d128_causal_sinks",
         "b1_s16384_h10_d192",
+        "b1_s16384_h16_d128_causal_bias",
+        "b1_s16384_h16_d128_causal_softcap50",
+        "b1_s16384_h32_d64_causal_softcap50_bias_sinks",
     },
     {
         "b1_s130_h2_d64",
@@ -100,17 +157,29 @@ const AddOp<BandCase, AttentionProblem> kOp{
         "b1_s257_h2_d96_window100",
         "b1_s200x333_h4_kv2_d192_causal",
         "b2_s200_h80_d256_causal",
+        "b1_s200x333_h4_kv2_d64_causal_bias",
+        "b1_s257_h2_d64_softcap50_bias_sinks",
+        "b1_s130_h2_d128_softcap50",
+        "b1_s200x333_h4_kv2_d256_bias",
+        "b1_s257_h2_d64_window100_sinks",
     },
     true,
     {
-        // for which a GPU has no backward yet
+        // of which there is no backward yet, on a GPU or at all
         "b4_s4096_h8_d256",
         "b4_s4096_h8_d256_causal",
         "b1_s16384_h8_d256",
         "b1_s16384_h8_d256_causal",
         "b1_s16384_h10_d192",
+        "b1_s16384_h16_d128_causal_bias",
+        "b1_s16384_h16_d128_causal_softcap50",
+        "b1_s16384_h32_d64_causal_softcap50_bias_sinks",
         "b1_s200x333_h4_kv2_d192_causal",
         "b2_s200_h80_d256_causal",
+        "b1_s200x333_h4_kv2_d64_causal_bias",
+        "b1_s257_h2_d64_softcap50_bias_sinks",
+        "b1_s130_h2_d128_softcap50",
+        "b1_s200x333_h4_kv2_d256_bias",
     },
 };
 

@@ -7,7 +7,7 @@ projections leave their results.
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -73,12 +73,66 @@ class BandCase(Case):
         return {"causal": self.causal, "window": self.window}
 
 
-def formula(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
-    return reference.masked_attention(q, k, v, keep)[0]
+@dataclass(frozen=True)
+class AttentionCase(BandCase):
+    """`bias` is of keys, some of which it hides, the same for all heads; `sinks` are 1 for each head."""
+
+    softcap: float | None
+    bias: bool
+    sinks: bool
+
+    FORM = f"{BandCase.FORM}[_softcap50][_bias][_sinks]"
+    MASK = rf"{BandCase.MASK}(_softcap(?P<softcap>\d+))?(?P<bias>_bias)?(?P<sinks>_sinks)?"
+
+    @classmethod
+    def _fields(cls, match: re.Match[str]) -> dict[str, Any]:
+        softcap = float(match["softcap"]) if match["softcap"] else None
+        return {
+            **super()._fields(match),
+            "softcap": softcap,
+            "bias": bool(match["bias"]),
+            "sinks": bool(match["sinks"]),
+        }
+
+    def modifiers(self, heads: int, device: torch.device) -> dict[str, Any]:
+        options: dict[str, Any] = {} if self.softcap is None else {"softcap": self.softcap}
+        if self.bias:
+            key = torch.arange(self.seq_k, device=device)
+            bias = (key * 37 % 64) / 16 - 2
+            options["key_bias"] = bias.where(key % 7 != 6, -torch.inf)[None, None]
+        if self.sinks:
+            options["sinks"] = torch.ones(heads, device=device)
+        return options
+
+    @property
+    def described_mask(self) -> str:
+        parts = [f"softcap {self.softcap:g}"] if self.softcap else []
+        parts += ["key bias"] if self.bias else []
+        return ", ".join([super().described_mask, *parts, *(["sinks"] if self.sinks else [])])
+
+    @property
+    def is_plain(self) -> bool:
+        return not (self.softcap or self.bias or self.sinks)
+
+
+def formula(q: Tensor, k: Tensor, v: Tensor, keep: Tensor, **options: Any) -> Tensor:
+    return reference.masked_attention(q, k, v, keep, **options)[0]
 
 
 def ours(case: BandCase) -> Attention:
-    return partial(fastattn.attention, **case.mask)
+    modifiers = cache(case.modifiers)  # made by the first call, which is not timed
+    return lambda q, k, v: fastattn.attention(q, k, v, **case.mask, **modifiers(q.shape[2], q.device))
+
+
+def of_plain_scores(build: Callable[[AttentionCase], Attention]) -> Callable[[AttentionCase], Attention]:
+    """A peer that is asked for nothing else."""
+
+    def build_if_plain(case: AttentionCase) -> Attention:
+        if not case.is_plain:
+            raise UnsupportedCaseError("not asked for a softcap, biases or sinks")
+        return build(case)
+
+    return build_if_plain
 
 
 def transposed(attention: Attention) -> Attention:
@@ -151,27 +205,30 @@ DENSE_GPU_CASES = (
     "b1_s16384_h16_d128_causal",
 )
 
-# For which a GPU has no backward yet.
+# Of which there is no backward yet, on a GPU or at all.
 FORWARD_GPU_CASES = (
     "b4_s4096_h8_d256",
     "b4_s4096_h8_d256_causal",
     "b1_s16384_h8_d256",
     "b1_s16384_h8_d256_causal",
     "b1_s16384_h10_d192",
+    "b1_s16384_h16_d128_causal_bias",
+    "b1_s16384_h16_d128_causal_softcap50",
+    "b1_s16384_h32_d64_causal_softcap50_bias_sinks",
 )
 
 OP = Op(
     name="attention",
-    kind=BandCase,
+    kind=AttentionCase,
     formula=formula,
     ours=Contestant(ours),
     peers={
-        "cpu": {"sdpa": Contestant(sdpa(SDPBackend.FLASH_ATTENTION))},
+        "cpu": {"sdpa": Contestant(of_plain_scores(sdpa(SDPBackend.FLASH_ATTENTION)))},
         "cuda": {
-            "fa4": Contestant(_fa4, module="flash_attn.cute.interface"),
-            "cudnn": Contestant(sdpa(SDPBackend.CUDNN_ATTENTION)),
-            "fa2": Contestant(sdpa(SDPBackend.FLASH_ATTENTION)),
-            "flex": Contestant(_flex, module="triton"),
+            "fa4": Contestant(of_plain_scores(_fa4), module="flash_attn.cute.interface"),
+            "cudnn": Contestant(of_plain_scores(sdpa(SDPBackend.CUDNN_ATTENTION))),
+            "fa2": Contestant(of_plain_scores(sdpa(SDPBackend.FLASH_ATTENTION))),
+            "flex": Contestant(of_plain_scores(_flex), module="triton"),
         },
     },
     cases={
@@ -193,6 +250,7 @@ OP = Op(
             "b1_s16384_h16_d128_window1024",
             "b1_s16384_h64_d32",
             "b1_s16384_h20_d96_causal",
+            "b1_s16384_h16_d128_causal_sinks",
             *FORWARD_GPU_CASES,
         ),
     },

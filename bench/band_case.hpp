@@ -11,11 +11,12 @@
 
 namespace bench {
 
-struct BandCase final : Case {
+struct BandCase : Case {
   static constexpr const char* kForm = "b1_s4096[x8192]_h8[_kv2]_d64[_causal|_window512]";
 
-  explicit BandCase(const std::string& name)
-      : BandCase(CaseName(name, kForm, R"(s(\d+)(?:x(\d+))?)", R"((_causal|_window(\d+))?)")) {}
+  static constexpr const char* kTokens = R"(s(\d+)(?:x(\d+))?)";
+
+  explicit BandCase(const std::string& name) : BandCase(CaseName(name, kForm, kTokens, R"((_causal|_window(\d+))?)")) {}
 
   bool keeps(std::int64_t, std::int64_t, std::int64_t q, std::int64_t k) const override {
     const std::int64_t offset = k - (q + seq_k - seq_q);
@@ -35,7 +36,7 @@ struct BandCase final : Case {
 
   fastattn::Window window;
 
- private:
+ protected:
   explicit BandCase(const CaseName& parts)
       : Case(parts, number(parts.tokens[1]), number(parts.tokens[2], number(parts.tokens[1]))),
         window{.left = number(parts.mask[2], fastattn::kUnbounded),

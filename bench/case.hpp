@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <limits>
 #include <regex>
 #include <stdexcept>
 #include <string>
@@ -50,7 +51,10 @@ struct Case {
 
   // Does this query of this (query) head see this key?
   virtual bool keeps(std::int64_t batch, std::int64_t head, std::int64_t q, std::int64_t k) const = 0;
-  virtual double density() const = 0;             // the kept share of scores
+  virtual double density() const = 0;  // the kept share of scores
+  // What becomes of a score of a key that is kept, −∞ if it is hidden after all; and a logit in the sum of each row.
+  virtual double modified(double score, std::int64_t) const { return score; }
+  virtual double sink() const { return -std::numeric_limits<double>::infinity(); }
   virtual double rounding() const { return 0.; }  // the error that an op of its own format may add to that of the dtype
 
   // Two matrix products forward; five, two and a half times that, backward.

@@ -67,6 +67,10 @@ class Case(ABC):
     @abstractmethod
     def k_tokens(self) -> tuple[int, ...]: ...
 
+    def modifiers(self, heads: int, device: torch.device) -> dict[str, Any]:
+        """What the op and its formula take beside q, k, v and the mask, for so many of the heads."""
+        return {}
+
     @property
     @abstractmethod
     def density(self) -> float:

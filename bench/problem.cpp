@@ -19,12 +19,12 @@ void require(const fastattn::Status& status) {
   }
 }
 
-double log_sum_exp(const std::vector<double>& scores) {
-  const double max = *std::ranges::max_element(scores);
+double log_sum_exp(const std::vector<double>& scores, double sink) {
+  const double max = std::max(*std::ranges::max_element(scores), sink);
   if (max == kMasked) {
     return kMasked;
   }
-  double sum = 0;
+  double sum = std::exp(sink - max);
   for (const double score : scores) {
     sum += std::exp(score - max);
   }
@@ -95,7 +95,7 @@ double Problem::forward_error() {
     for (std::int64_t key = 0; key < case_.seq_k; ++key) {
       scores.push_back(score(query, key));
     }
-    const double lse = lse_ ? log_sum_exp(scores) : 0.;
+    const double lse = lse_ ? log_sum_exp(scores, case_.sink()) : 0.;
     std::vector<double> row(static_cast<std::size_t>(case_.head_dim), 0.);
     for (std::int64_t key = 0; key < case_.seq_k; ++key) {
       const double score = scores[static_cast<std::size_t>(key)];
@@ -187,7 +187,7 @@ double Problem::score(Index query, std::int64_t key) const {
   for (std::int64_t d = 0; d < case_.head_dim; ++d) {
     sum += q_.at(query.batch, query.row, query.head, d) * k_.at(query.batch, key, kv_head(query), d);
   }
-  return scale_ * sum + bias_;
+  return case_.modified(scale_ * sum + bias_, key);
 }
 
 double Problem::weight(double score, double lse) const {

@@ -36,8 +36,14 @@ class Tensor {
     std::normal_distribution<float> normal;
     std::vector<float> values(1 << 20);
     std::ranges::generate(values, [&] { return normal(random); });
+    fill([&](std::int64_t) { return values[random() % values.size()]; });
+  }
+
+  // Element i is value(i).
+  template <class Value>
+  void fill(Value&& value) {
     for (std::int64_t i = 0; i < view_.size(); ++i) {
-      store(i, values[random() % values.size()]);
+      store(i, value(i));
     }
     device_.copy_in(view_.data, host_.data(), host_.size());
   }

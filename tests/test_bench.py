@@ -27,6 +27,7 @@ SMALL = {
         "b2_s5x7_h4_kv2_d8_causal",
         "b1_s7x5_h1_d8_causal",
         "b1_s9_h1_d8_window3",
+        "b1_s9x30_h4_kv2_d8_sinks",
         "b1_s4x9_h2_d8",
     ],
     "block_sparse_attention": [
