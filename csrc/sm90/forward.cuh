@@ -23,6 +23,7 @@
 #include "sm90/shared_tile.cuh"
 #include "sm90/tma.cuh"
 #include "sm90/wgmma.cuh"
+#include "sm90/work_order.hpp"
 
 namespace fastattn::sm90 {
 
@@ -34,9 +35,9 @@ struct ForwardParams {
   typename Variant::Schedule schedule;  // of all heads
   typename Variant::Score score;        // of all heads
   typename Variant::Epilogue epilogue;
-  int heads, heads_per_kv_head, q_tiles;
-  int last_heads;   // of all batch entries: their query tiles are taken in turns
-  WorkQueue works;  // query tiles of all heads
+  int heads, heads_per_kv_head;
+  WorkOrder order;  // of the query tiles of all heads
+  WorkQueue works;
   [[no_unique_address]] typename Variant::Operands::Scales scales;
 };
 
@@ -67,19 +68,14 @@ struct ForwardKernel {
   using ValueTile = typename Operands::template ValueTile<kTile, kHeadDim>;
   using Staging = SharedTile<typename Operands::Staged, kTile.q, kHeadDim>;  // of the output
 
-  // Which query tile of which head. The last tile of a head goes first: under a causal mask it has the most keys, and
-  // the short ones then fill the gaps at the end. The last heads are taken together, all their longest tiles first, for
-  // there is nothing after them to fill gaps with; one after the other, heads read the same keys at the same time.
+  // Which query tile of which head.
   struct alignas(16) Work {
     int q_tile, head, batch;
     bool exists;
 
     static __device__ Work at(const Params& params, int index) {
-      const int rows = params.works.count / params.q_tiles, first_of_last = rows - params.last_heads;
-      const int within = index - first_of_last * params.q_tiles;
-      const int row = within < 0 ? index / params.q_tiles : first_of_last + within % params.last_heads;
-      const int before = within < 0 ? index % params.q_tiles : within / params.last_heads;
-      return {params.q_tiles - 1 - before, row % params.heads, row / params.heads, true};
+      const WorkOrder::Place place = params.order.at(index);
+      return {place.q_tile, place.head % params.heads, place.head / params.heads, true};
     }
   };
 

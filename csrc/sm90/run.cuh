@@ -12,6 +12,7 @@
 #include "sm90/backward.cuh"
 #include "sm90/forward.cuh"
 #include "sm90/launch.cuh"
+#include "sm90/work_order.hpp"
 
 namespace fastattn::sm90 {
 
@@ -59,17 +60,6 @@ struct MapEncoder {
   }
 };
 
-// How many heads are taken together at the end, see ForwardKernel::Work: enough of them for two works a block, if their
-// keys and values stay in the L2 cache (of 50 MB, in two halves; more than this was up to 15 % slower).
-inline int last_heads(const TensorView& k, const TensorView& v, std::int64_t rows, int heads_per_kv_head, int q_tiles,
-                      std::int64_t blocks) {
-  constexpr std::int64_t kCachedBytes = 24 << 20;
-  const std::int64_t of_key = k.head_dim() * (size_of(k.dtype) + size_of(v.dtype));
-  const std::int64_t bytes = max_of<std::int64_t>(k.seq() * of_key, 1);
-  const std::int64_t cached = max_of<std::int64_t>(kCachedBytes / bytes * heads_per_kv_head, 1);
-  return static_cast<int>(min_of(min_of(rows, cached), ceil_div<std::int64_t>(2 * blocks, max_of(q_tiles, 1))));
-}
-
 // A block for each SM, which takes work after work; or one for each work, if these are fewer.
 template <class Kernel, class Variant>
 Status launch_forward(const char* op, const ForwardProblem<Variant>& problem, Stream stream,
@@ -82,7 +72,7 @@ Status launch_forward(const char* op, const ForwardProblem<Variant>& problem, St
   params.score = problem.score;
   params.heads = static_cast<int>(problem.q.heads());
   params.heads_per_kv_head = heads_per_kv_head(problem.q, problem.k);
-  params.q_tiles = ceil_div(schedule.num_q, Kernel::kTile.q);
+  const int q_tiles = ceil_div(schedule.num_q, Kernel::kTile.q);
   params.epilogue = problem.epilogue;
   params.scales = problem.scales;
   MapEncoder encode;
@@ -96,9 +86,8 @@ Status launch_forward(const char* op, const ForwardProblem<Variant>& problem, St
   if (!encode.status.ok()) {
     return encode.status;
   }
-  const std::int64_t rows = problem.q.batch() * params.heads, works = rows * params.q_tiles;
+  const std::int64_t heads = problem.q.batch() * params.heads, works = heads * q_tiles;
   const std::int64_t blocks = min_of(works, std::int64_t{num_multiprocessors()});
-  params.last_heads = last_heads(problem.k, problem.v, rows, params.heads_per_kv_head, params.q_tiles, blocks);
   if (works > kMostWorks) {
     return failure("%s: q has %lld tiles of %d tokens, allowed are %lld", op, static_cast<long long>(works),
                    Kernel::kTile.q, static_cast<long long>(kMostWorks));
@@ -106,6 +95,8 @@ Status launch_forward(const char* op, const ForwardProblem<Variant>& problem, St
   if (works > 0 && problem.workspace == nullptr) {
     return failure("%s: workspace has no data", op);
   }
+  const std::int64_t bytes_of_key = problem.k.head_dim() * (size_of(problem.k.dtype) + size_of(problem.v.dtype));
+  params.order = work_order(heads, q_tiles, blocks, problem.k.seq() * bytes_of_key, params.heads_per_kv_head);
   params.works = {static_cast<int>(works), works > blocks ? static_cast<int*>(problem.workspace) : nullptr};
   if (params.works.taken != nullptr) {
     if (const Status status = clear(params.works.taken, kForwardWorkspace, stream); !status.ok()) {
