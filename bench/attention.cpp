@@ -26,6 +26,7 @@ struct AttentionCase final : BandCase {
     return capped + (bias ? bias_of(key) : 0.f);
   }
   double sink() const override { return sinks ? kSink : BandCase::sink(); }
+  bool has_backward(bool on_gpu) const override { return softcap == 0 && !bias && (!on_gpu || head_dim <= 128); }
 
   static constexpr float kSink = 1.f;
   const float softcap;
@@ -162,24 +163,6 @@ const AddOp<AttentionCase, AttentionProblem> kOp{
         "b1_s130_h2_d128_softcap50",
         "b1_s200x333_h4_kv2_d256_bias",
         "b1_s257_h2_d64_window100_sinks",
-    },
-    true,
-    {
-        // of which there is no backward yet, on a GPU or at all
-        "b4_s4096_h8_d256",
-        "b4_s4096_h8_d256_causal",
-        "b1_s16384_h8_d256",
-        "b1_s16384_h8_d256_causal",
-        "b1_s16384_h10_d192",
-        "b1_s16384_h16_d128_causal_bias",
-        "b1_s16384_h16_d128_causal_softcap50",
-        "b1_s16384_h32_d64_causal_softcap50_bias_sinks",
-        "b1_s200x333_h4_kv2_d192_causal",
-        "b2_s200_h80_d256_causal",
-        "b1_s200x333_h4_kv2_d64_causal_bias",
-        "b1_s257_h2_d64_softcap50_bias_sinks",
-        "b1_s130_h2_d128_softcap50",
-        "b1_s200x333_h4_kv2_d256_bias",
     },
 };
 

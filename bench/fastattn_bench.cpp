@@ -142,8 +142,11 @@ std::vector<std::unique_ptr<Case>> chosen_cases(const Op& op, const Options& opt
   if (chosen.empty()) {
     const std::regex filter(options.filter);
     for (const char* name : options.small ? op.small_cases : (options.cuda ? op.cuda_cases : op.cpu_cases)) {
-      if (std::regex_search(name, filter) && !(options.backward && op.forward_cases.contains(name))) {
-        chosen.push_back(op.parse(name));
+      if (std::regex_search(name, filter)) {
+        auto shape = op.parse(name);
+        if (!options.backward || shape->has_backward(options.cuda)) {
+          chosen.push_back(std::move(shape));
+        }
       }
     }
   }

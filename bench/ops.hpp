@@ -3,7 +3,6 @@
 
 #include <map>
 #include <memory>
-#include <set>
 #include <string>
 #include <utility>
 #include <vector>
@@ -18,7 +17,6 @@ struct Op {
   std::vector<const char*> cpu_cases, cuda_cases;  // `python -m bench` lists the same
   std::vector<const char*> small_cases;  // with ragged tiles: sanitizers are slow, and errors sit at the edges
   bool has_backward;
-  std::set<std::string> forward_cases;  // those of the lists of which there is a forward alone
   std::unique_ptr<Case> (*parse)(const std::string& name);
   std::unique_ptr<Problem> (*problem)(const Device& device, const Case& shape, fastattn::DType dtype);
 };
@@ -32,12 +30,11 @@ inline std::map<std::string, Op>& ops() {
 template <class CaseClass, class ProblemClass>
 struct AddOp {
   AddOp(const char* name, std::vector<const char*> cpu_cases, std::vector<const char*> cuda_cases,
-        std::vector<const char*> small_cases, bool has_backward = true, std::set<std::string> forward_cases = {}) {
+        std::vector<const char*> small_cases, bool has_backward = true) {
     ops()[name] = {std::move(cpu_cases),
                    std::move(cuda_cases),
                    std::move(small_cases),
                    has_backward,
-                   std::move(forward_cases),
                    [](const std::string& text) -> std::unique_ptr<Case> { return std::make_unique<CaseClass>(text); },
                    [](const Device& device, const Case& shape, fastattn::DType dtype) -> std::unique_ptr<Problem> {
                      return std::make_unique<ProblemClass>(device, static_cast<const CaseClass&>(shape), dtype);

@@ -7,19 +7,20 @@ namespace fastattn::cpu {
 
 template <class Isa>
 constexpr AttentionKernels attention_kernels() {
-  AttentionKernels kernels = softmax_kernels<Isa, AttentionKernels>();
-  kernels.forward = [](const Attention& p, const Bands& bands, const Threads& threads) {
-    with_element(p.q.dtype, [&]<class Element>() {
-      const PlainOperands<Element> plain{p.q, p.k, p.v, p.out, p.lse};
-      if (const ScoreModifier modifier = p.modifier(); modifier.exists()) {
-        const ModifiedOperands<Element> operands{plain, modifier};
-        forward<Isa>(operands, bands, WithSinks<SoftmaxBy<One>>{{}, p.sinks}, threads);
-      } else {
-        forward<Isa>(plain, bands, WithSinks<Softmax>{{p.scale * kLog2E}, p.sinks}, threads);
-      }
-    });
+  return {
+      [](const Attention& p, const Bands& bands, const Threads& threads) {
+        with_element(p.q.dtype, [&]<class Element>() {
+          const PlainOperands<Element> plain{p.q, p.k, p.v, p.out, p.lse};
+          if (const ScoreModifier modifier = p.modifier(); modifier.exists()) {
+            const ModifiedOperands<Element> operands{plain, modifier};
+            forward<Isa>(operands, bands, WithSinks<SoftmaxBy<One>>{{}, p.sinks}, threads);
+          } else {
+            forward<Isa>(plain, bands, WithSinks<Softmax>{{p.scale * kLog2E}, p.sinks}, threads);
+          }
+        });
+      },
+      softmax_backward<Isa, kBackwardTile, AttentionBackward, Bands>,
   };
-  return kernels;
 }
 
 }  // namespace fastattn::cpu

@@ -11,6 +11,27 @@ struct Tiles {
   TileShape forward, backward;
 };
 
+// `problem` is one like AttentionBackward.
+template <class Isa, TileShape kTile, class Problem, class Schedules>
+void softmax_backward(const Problem& problem, const Schedules& schedules, const Threads& threads) {
+  const auto& p = problem.forward;
+  const BackwardTensors tensors{.q = p.q,
+                                .k = p.k,
+                                .v = p.v,
+                                .out = p.out,
+                                .dout = problem.dout,
+                                .dq = problem.dq,
+                                .dk = problem.dk,
+                                .dv = problem.dv,
+                                .lse = p.lse,
+                                .dlse = problem.dlse,
+                                .dbias = nullptr,
+                                .row_terms = static_cast<float*>(problem.workspace)};
+  with_element(p.q.dtype, [&]<class Element>() {
+    backward<Isa, Element, kTile>(tensors, schedules, Softmax{p.scale * kLog2E}, p.scale, threads);
+  });
+}
+
 template <class Isa, class Table, Tiles kTiles = Tiles{kForwardTile, kBackwardTile}>
 constexpr Table softmax_kernels() {
   using Schedules = typename Table::Schedules;
@@ -21,24 +42,7 @@ constexpr Table softmax_kernels() {
           forward<Isa, kTiles.forward>(operands, schedules, Softmax{p.scale * kLog2E}, threads);
         });
       },
-      [](const typename Table::Backward& problem, const Schedules& schedules, const Threads& threads) {
-        const auto& p = problem.forward;
-        const BackwardTensors tensors{.q = p.q,
-                                      .k = p.k,
-                                      .v = p.v,
-                                      .out = p.out,
-                                      .dout = problem.dout,
-                                      .dq = problem.dq,
-                                      .dk = problem.dk,
-                                      .dv = problem.dv,
-                                      .lse = p.lse,
-                                      .dlse = problem.dlse,
-                                      .dbias = nullptr,
-                                      .row_terms = static_cast<float*>(problem.workspace)};
-        with_element(p.q.dtype, [&]<class Element>() {
-          backward<Isa, Element, kTiles.backward>(tensors, schedules, Softmax{p.scale * kLog2E}, p.scale, threads);
-        });
-      },
+      softmax_backward<Isa, kTiles.backward, typename Table::Backward, Schedules>,
   };
 }
 

@@ -1,4 +1,6 @@
 // `attention` on Hopper: softmax over a band, in bf16 and fp16. See attention.md.
+#include <cstdint>
+
 #include "fastattn/fastattn.hpp"
 #include "fastattn/schedule/band.hpp"
 #include "ops/softmax.cuh"
@@ -50,6 +52,10 @@ Status run(const Attention& p, const typename Variant::Schedule& schedule, const
 
 template <class Element, bool kCapped>
 Status run_modified(const Attention& p, Stream stream) {
+  if (reinterpret_cast<std::uintptr_t>(p.key_bias.bias) % 16 != 0) {
+    return failure("%s: key_bias must be 16-byte aligned on the GPU, got address %p", kOp,
+                   static_cast<const void*>(p.key_bias.bias));
+  }
   const ScoreModifier modifier = p.modifier();
   typename ModifiedForward<Element, kCapped>::Operands::Scales scales{{p.key_bias, static_cast<int>(p.k.seq())}, {}};
   if constexpr (kCapped) {

@@ -68,8 +68,8 @@ Status run(const QuantizedAttention& p, const typename Variant::Schedule& schedu
                                     {p.q, p.k, p.v, schedule, Variant::kScore, epilogue, p.workspace, scales}, stream);
 }
 
-// Tokens of the result that no entry of the order names get zeros. To clear the whole result before would take twenty
-// times as long.
+// Tokens of the result that no entry of the order names get zeros. Clearing the whole result before took 65 of 5,300 µs
+// at CogVideoX's shape.
 struct UnnamedTokens {
   Permutation order;
   TensorView out;

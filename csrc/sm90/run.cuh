@@ -97,7 +97,7 @@ Status launch_forward(const char* op, const ForwardProblem<Variant>& problem, St
   }
   const std::int64_t bytes_of_key = problem.k.head_dim() * (size_of(problem.k.dtype) + size_of(problem.v.dtype));
   params.order = work_order(heads, q_tiles, blocks, problem.k.seq() * bytes_of_key, params.heads_per_kv_head);
-  params.works = {static_cast<int>(works), works > blocks ? static_cast<int*>(problem.workspace) : nullptr};
+  params.works = {params.order.count(), works > blocks ? static_cast<int*>(problem.workspace) : nullptr};
   if (params.works.taken != nullptr) {
     if (const Status status = clear(params.works.taken, kForwardWorkspace, stream); !status.ok()) {
       return status;

@@ -79,7 +79,7 @@ inline bool last_dim_is_contiguous(const Tensor& tensor) {
 }
 
 // An uninitialised, contiguous tensor where `like` is. torch::stable::new_empty finds its way through the dispatcher by
-// name: 6 µs on a GPU machine's host, which is more than the launch of a kernel.
+// name: a call of one token on a CPU, which makes two, took 9.4 µs with it and takes 8.3.
 inline Tensor allocate(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef shape, ScalarType type) {
   std::array<std::int64_t, 8> strides;
   require(shape.size() <= strides.size(), "a tensor of ", shape.size(), " dimensions");
@@ -184,10 +184,7 @@ class Call {
     if (!tensor) {
       return {};
     }
-    const auto extent = [&](int axis, std::int64_t of_tokens) {
-      return tensor->dim() == 3 && tensor->sizes()[axis] == 1 ? 1 : of_tokens;
-    };
-    const Permutation permutation{nullptr, extent(0, batch), extent(1, heads)};
+    const Permutation permutation{nullptr, shared_extent(*tensor, 0, batch), shared_extent(*tensor, 1, heads)};
     tensor = array(name, *tensor, ScalarType::Int, "[batch or 1, heads or 1, tokens]",
                    {permutation.batch, permutation.heads, tokens});
     return {tensor->const_data_ptr<std::int32_t>(), permutation.batch, permutation.heads};
@@ -205,10 +202,7 @@ class Call {
       return {};
     }
     const std::int64_t keys = k.sizes()[1];
-    const auto extent = [&](int axis, std::int64_t all) {
-      return tensor->dim() == 3 && tensor->sizes()[axis] == 1 ? 1 : all;
-    };
-    const std::int64_t batch = extent(0, q.sizes()[0]), heads = extent(1, q.sizes()[2]);
+    const std::int64_t batch = shared_extent(*tensor, 0, q.sizes()[0]), heads = shared_extent(*tensor, 1, q.sizes()[2]);
     tensor = array(name, *tensor, ScalarType::Float, "[batch or 1, heads or 1, seq_k]", {batch, heads, keys});
     const bool aligned = reinterpret_cast<std::uintptr_t>(tensor->data_ptr()) % 16 == 0;
     if (!aligned || keys != padded_tokens(keys)) {
@@ -231,6 +225,11 @@ class Call {
   }
 
  private:
+  // 1 where all of an axis of [batch, heads, …] share one entry, else all there are.
+  static std::int64_t shared_extent(const Tensor& tensor, int axis, std::int64_t all) {
+    return tensor.dim() == 3 && tensor.sizes()[axis] == 1 ? 1 : all;
+  }
+
   void check(const char* name, const Tensor& tensor) const {
     check_axes(name, tensor);
     const ScalarType type = tensor.scalar_type();

@@ -31,7 +31,7 @@ class Op:
     flops_read_data: bool = False
     """`flops` takes the tensors themselves: how much is computed is written in them."""
     setup_context: Callable[..., None] | None = None
-    """Keeps what `backward` needs."""
+    """Keeps what `backward` needs: of the context, all tensors, all options, and the results."""
     backward: Callable[..., Any] | None = None
     """Gradients of the tensor parameters; None: a call to differentiate the op is an error."""
     why_no_gradient: str = (
@@ -58,7 +58,10 @@ def register(op: Op) -> None:
 
 
 def _autograd(op: Op, overload: Any) -> Callable[..., Any]:
-    """What `torch.library.register_autograd` makes, which takes 30 µs more for each call: it reads the schema anew."""
+    """As torch's own registration of gradients, which reads the schema anew in each call that needs them.
+
+    That took 24 of the 42 µs of a call of one token on a CPU.
+    """
     parameters = overload._schema.arguments
     tensors_of_op = sum(not parameter.kwarg_only for parameter in parameters)
     defaults = {parameter.name: parameter.default_value for parameter in parameters if parameter.kwarg_only}
