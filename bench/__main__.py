@@ -85,7 +85,9 @@ def measure(
 ) -> list[Measurement]:
     """One case in every mode, all contestants on the same inputs."""
     q, k, v = case.inputs(device, DTYPES[dtype])
-    dout = torch.randn(q.shape, generator=torch.Generator(device).manual_seed(1), device=device).to(q.dtype)
+    dout = torch.randn(
+        (*q.shape[:-1], v.shape[-1]), generator=torch.Generator(device).manual_seed(1), device=device
+    ).to(q.dtype)
     backward = any(mode != "fwd" for mode in modes)
     keep = partial(case.keep, device=device)
 

@@ -11,7 +11,8 @@ namespace {
 
 // `bias` is of keys, some of which it hides, the same for all heads; `sinks` are 1 for each head.
 struct AttentionCase final : BandCase {
-  static constexpr const char* kForm = "b1_s4096[x8192]_h8[_kv2]_d64[_causal|_window512][_softcap50][_bias][_sinks]";
+  static constexpr const char* kForm =
+      "b1_s4096[x8192]_h8[_kv2]_d64[v32][_causal|_window512][_softcap50][_bias][_sinks]";
 
   explicit AttentionCase(const std::string& name)
       : AttentionCase(CaseName(name, kForm, kTokens, R"((_causal|_window(\d+))?(?:_softcap(\d+))?(_bias)?(_sinks)?)")) {
@@ -26,7 +27,9 @@ struct AttentionCase final : BandCase {
     return capped + (bias ? bias_of(key) : 0.f);
   }
   double sink() const override { return sinks ? kSink : BandCase::sink(); }
-  bool has_backward(bool on_gpu) const override { return softcap == 0 && !bias && (!on_gpu || head_dim <= 128); }
+  bool has_backward(bool on_gpu) const override {
+    return softcap == 0 && !bias && head_dim == value_dim && (!on_gpu || head_dim <= 128);
+  }
 
   static constexpr float kSink = 1.f;
   const float softcap;
@@ -141,6 +144,8 @@ const AddOp<AttentionCase, AttentionProblem> kOp{
         "b1_s16384_h20_d96_causal",
         "b1_s16384_h16_d128_causal_sinks",
         "b1_s16384_h10_d192",
+        "b1_s16384_h16_d192v128_causal",
+        "b1_s16384_h16_d128v32",
         "b1_s16384_h16_d128_causal_bias",
         "b1_s16384_h16_d128_causal_softcap50",
         "b1_s16384_h32_d64_causal_softcap50_bias_sinks",
@@ -158,6 +163,9 @@ const AddOp<AttentionCase, AttentionProblem> kOp{
         "b1_s257_h2_d96_window100",
         "b1_s200x333_h4_kv2_d192_causal",
         "b2_s200_h80_d256_causal",
+        "b1_s200x333_h4_kv2_d192v128_causal",
+        "b1_s257_h2_d64v16_window100",
+        "b1_s257_h2_d128v32",
         "b1_s200x333_h4_kv2_d64_causal_bias",
         "b1_s257_h2_d64_softcap50_bias_sinks",
         "b1_s130_h2_d128_softcap50",

@@ -81,7 +81,7 @@ class AttentionCase(BandCase):
     bias: bool
     sinks: bool
 
-    FORM = f"{BandCase.FORM}[_softcap50][_bias][_sinks]"
+    FORM = "b1_s4096[x8192]_h8[_kv2]_d64[v32][_causal|_window512][_softcap50][_bias][_sinks]"
     MASK = rf"{BandCase.MASK}(_softcap(?P<softcap>\d+))?(?P<bias>_bias)?(?P<sinks>_sinks)?"
 
     @classmethod
@@ -212,6 +212,8 @@ FORWARD_GPU_CASES = (
     "b1_s16384_h8_d256",
     "b1_s16384_h8_d256_causal",
     "b1_s16384_h10_d192",
+    "b1_s16384_h16_d192v128_causal",
+    "b1_s16384_h16_d128v32",
     "b1_s16384_h16_d128_causal_bias",
     "b1_s16384_h16_d128_causal_softcap50",
     "b1_s16384_h32_d64_causal_softcap50_bias_sinks",

@@ -1,5 +1,5 @@
-// A benchmark case is its name: b<batch>_<tokens>_h<heads>[_kv<kv_heads>]_d<head_dim><mask>. How tokens and mask are
-// written depends on the kind of case. `python -m bench` reads the same names.
+// A benchmark case is its name: b<batch>_<tokens>_h<heads>[_kv<kv_heads>]_d<head_dim>[v<value_dim>]<mask>. How
+// tokens and mask are written depends on the kind of case. `python -m bench` reads the same names.
 #pragma once
 
 #include <cstdint>
@@ -20,15 +20,16 @@ class CaseName {
   // `form` is an example for the message to whom the name is none.
   CaseName(const std::string& name, const char* form, const char* tokens_grammar, const char* mask_grammar)
       : name(name) {
-    const std::regex grammar(R"(b(\d+)_([^_]+)_h(\d+)(?:_kv(\d+))?_d(\d+)(.*))");
+    const std::regex grammar(R"(b(\d+)_([^_]+)_h(\d+)(?:_kv(\d+))?_d(\d+)(?:v(\d+))?(.*))");
     std::smatch parts;
     if (std::regex_match(this->name, parts, grammar)) {
       batch = number(parts[1]);
       heads = number(parts[3]);
       kv_heads = number(parts[4], heads);
       head_dim = number(parts[5]);
+      value_dim = number(parts[6], head_dim);
       tokens_text_ = parts[2];
-      mask_text_ = parts[6];
+      mask_text_ = parts[7];
     }
     if (!std::regex_match(tokens_text_, tokens, std::regex(tokens_grammar)) ||
         !std::regex_match(mask_text_, mask, std::regex(mask_grammar))) {
@@ -39,7 +40,7 @@ class CaseName {
   CaseName& operator=(const CaseName&) = delete;
 
   const std::string name;
-  std::int64_t batch = 0, heads = 0, kv_heads = 0, head_dim = 0;
+  std::int64_t batch = 0, heads = 0, kv_heads = 0, head_dim = 0, value_dim = 0;
   std::smatch tokens, mask;
 
  private:
@@ -60,12 +61,13 @@ struct Case {
 
   // Two matrix products forward; five, two and a half times that, backward.
   double flops(bool backward) const {
-    const double forward = 4. * static_cast<double>(batch * heads * head_dim) * static_cast<double>(seq_q * seq_k);
+    const double forward =
+        2. * static_cast<double>(batch * heads * (head_dim + value_dim)) * static_cast<double>(seq_q * seq_k);
     return forward * density() * (backward ? 2.5 : 1.);
   }
 
   std::string name;
-  std::int64_t batch, seq_q, seq_k, heads, kv_heads, head_dim;
+  std::int64_t batch, seq_q, seq_k, heads, kv_heads, head_dim, value_dim;
 
  protected:
   Case(const CaseName& parts, std::int64_t seq_q, std::int64_t seq_k)
@@ -75,7 +77,8 @@ struct Case {
         seq_k(seq_k),
         heads(parts.heads),
         kv_heads(parts.kv_heads),
-        head_dim(parts.head_dim) {}
+        head_dim(parts.head_dim),
+        value_dim(parts.value_dim) {}
 };
 
 }  // namespace bench

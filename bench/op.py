@@ -18,7 +18,7 @@ _FORWARDS = {"fwd": 1.0, "bwd": 2.5, "fwd+bwd": 3.5}  # matrix products, in unit
 
 @dataclass(frozen=True)
 class Case(ABC):
-    """A benchmarked problem is its name, b<batch>_<tokens>_h<heads>[_kv<kv_heads>]_d<head_dim><mask>.
+    """A benchmarked problem is its name, b<batch>_<tokens>_h<heads>[_kv<kv_heads>]_d<head_dim>[v<value_dim>]<mask>.
 
     How tokens and mask are written depends on the kind of case. fastattn_bench reads the same names.
     """
@@ -28,6 +28,7 @@ class Case(ABC):
     heads: int
     kv_heads: int
     head_dim: int
+    value_dim: int
 
     FORM: ClassVar[str]
     """An example, with options in brackets."""
@@ -37,12 +38,13 @@ class Case(ABC):
 
     @classmethod
     def parse(cls, name: str) -> "Case":
-        sizes = r"h(?P<heads>\d+)(_kv(?P<kv_heads>\d+))?_d(?P<head_dim>\d+)"
+        sizes = r"h(?P<heads>\d+)(_kv(?P<kv_heads>\d+))?_d(?P<head_dim>\d+)(v(?P<value_dim>\d+))?"
         match = re.fullmatch(rf"b(?P<batch>\d+)_{cls.TOKENS}_{sizes}{cls.MASK}", name)
         if match is None:
             raise ValueError(f"case {name!r} is not of the form {cls.FORM}")
-        heads = int(match["heads"])
-        shared = (int(match["batch"]), heads, int(match["kv_heads"] or heads), int(match["head_dim"]))
+        heads, head_dim = int(match["heads"]), int(match["head_dim"])
+        kv_heads, value_dim = int(match["kv_heads"] or heads), int(match["value_dim"] or head_dim)
+        shared = (int(match["batch"]), heads, kv_heads, head_dim, value_dim)
         return cls(name, *shared, **cls._fields(match))
 
     @classmethod
@@ -80,14 +82,14 @@ class Case(ABC):
         """q, k and v."""
         random = torch.Generator(device).manual_seed(0)
 
-        def normal(tokens: tuple[int, ...], heads: int) -> Tensor:
-            shape = (self.batch, *tokens, heads, self.head_dim)
+        def normal(tokens: tuple[int, ...], heads: int, dim: int) -> Tensor:
+            shape = (self.batch, *tokens, heads, dim)
             return torch.randn(shape, generator=random, device=device).to(dtype)
 
         return (
-            normal(self.q_tokens, self.heads),
-            normal(self.k_tokens, self.kv_heads),
-            normal(self.k_tokens, self.kv_heads),
+            normal(self.q_tokens, self.heads, self.head_dim),
+            normal(self.k_tokens, self.kv_heads, self.head_dim),
+            normal(self.k_tokens, self.kv_heads, self.value_dim),
         )
 
     def bound_speedup(self, device: torch.device) -> float | None:
@@ -109,7 +111,8 @@ class Case(ABC):
     @property
     def described(self) -> str:
         heads = f"{self.heads}" if self.heads == self.kv_heads else f"{self.heads}/{self.kv_heads}"
-        return f"B {self.batch}, {self.described_tokens}, H {heads}, D {self.head_dim}, {self.described_mask}"
+        dim = f"{self.head_dim}" if self.head_dim == self.value_dim else f"{self.head_dim}/{self.value_dim}"
+        return f"B {self.batch}, {self.described_tokens}, H {heads}, D {dim}, {self.described_mask}"
 
     @property
     def shape(self) -> dict[str, int]:
@@ -120,6 +123,7 @@ class Case(ABC):
             "heads": self.heads,
             "kv_heads": self.kv_heads,
             "head_dim": self.head_dim,
+            "value_dim": self.value_dim,
         }
 
     @property
@@ -128,7 +132,7 @@ class Case(ABC):
         return self.batch * self.heads * math.prod(self.q_tokens) * math.prod(self.k_tokens)
 
     def flops(self, mode: str) -> float:
-        return 4 * self.scores * self.density * self.head_dim * _FORWARDS[mode]
+        return 2 * self.scores * self.density * (self.head_dim + self.value_dim) * _FORWARDS[mode]
 
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]

@@ -48,8 +48,8 @@ Problem::Problem(const Device& device, const Case& shape, fastattn::DType dtype,
       bias_(score == Score::kSigmoid ? -std::log(static_cast<float>(shape.seq_k)) : 0.f),
       q_(device, dtype, shape.batch, shape.seq_q, shape.heads, shape.head_dim),
       k_(device, dtype, shape.batch, shape.seq_k, shape.kv_heads, shape.head_dim),
-      v_(device, dtype, shape.batch, shape.seq_k, shape.kv_heads, shape.head_dim),
-      out_(device, dtype, shape.batch, shape.seq_q, shape.heads, shape.head_dim),
+      v_(device, dtype, shape.batch, shape.seq_k, shape.kv_heads, shape.value_dim),
+      out_(device, dtype, shape.batch, shape.seq_q, shape.heads, shape.value_dim),
       case_(shape),
       dtype_(dtype),
       forward_workspace_(device.allocate(fastattn::kForwardWorkspace)) {
@@ -96,18 +96,18 @@ double Problem::forward_error() {
       scores.push_back(score(query, key));
     }
     const double lse = lse_ ? log_sum_exp(scores, case_.sink()) : 0.;
-    std::vector<double> row(static_cast<std::size_t>(case_.head_dim), 0.);
+    std::vector<double> row(static_cast<std::size_t>(case_.value_dim), 0.);
     for (std::int64_t key = 0; key < case_.seq_k; ++key) {
       const double score = scores[static_cast<std::size_t>(key)];
       if (score == kMasked) {
         continue;
       }
       const double p = weight(score, lse);
-      for (std::int64_t d = 0; d < case_.head_dim; ++d) {
+      for (std::int64_t d = 0; d < case_.value_dim; ++d) {
         row[static_cast<std::size_t>(d)] += p * v_.at(query.batch, key, kv_head(query), d);
       }
     }
-    for (std::int64_t d = 0; d < case_.head_dim; ++d) {
+    for (std::int64_t d = 0; d < case_.value_dim; ++d) {
       out_error.add(out_.at(query.batch, query.row, query.head, d), row[static_cast<std::size_t>(d)]);
     }
     if (lse_) {

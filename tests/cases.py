@@ -24,9 +24,12 @@ class Case:
     causal: bool = False
     window: tuple[int, int] | None = None
     scale: float | None = None
+    value_dim: int | None = None
+    """Of values that are not as wide as keys."""
 
     def __str__(self) -> str:
         name = f"b{self.batch}-s{self.seq_q}x{self.seq_k}-h{self.heads}x{self.kv_heads}-d{self.head_dim}"
+        name += f"v{self.value_dim}" if self.value_dim else ""
         name += "-causal" if self.causal else ""
         name += "-window{}_{}".format(*self.window) if self.window else ""
         return name + (f"-scale{self.scale}" if self.scale else "")
@@ -36,10 +39,11 @@ class Case:
         return {"causal": self.causal, "window": self.window, "scale": self.scale}
 
     def inputs(self, device: str, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-        def normal(seq: int, heads: int) -> Tensor:
-            return torch.randn(self.batch, seq, heads, self.head_dim, device=device).to(dtype)
+        def normal(seq: int, heads: int, dim: int = self.head_dim) -> Tensor:
+            return torch.randn(self.batch, seq, heads, dim, device=device).to(dtype)
 
-        return normal(self.seq_q, self.heads), normal(self.seq_k, self.kv_heads), normal(self.seq_k, self.kv_heads)
+        keys = self.seq_k, self.kv_heads
+        return normal(self.seq_q, self.heads), normal(*keys), normal(*keys, self.value_dim or self.head_dim)
 
     def cotangents(self, device: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Gradients of the output and of the LSE, of unit variance."""

@@ -1,5 +1,7 @@
 """`attention` and its gradients against the formula in float64."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -29,6 +31,37 @@ def test_values_and_gradients(case: Case, place) -> None:
         error = relative_error(result, truth)
         allowed = 1e-5 if name == "lse" else 2 * relative_error(rival, truth) + slack
         assert error <= allowed, f"{name}: error {error:.2e}, allowed {allowed:.2e}"
+
+
+VALUE_DIMS = [(64, 8), (64, 16), (64, 32), (64, 40), (128, 32), (128, 8), (192, 128), (160, 104), (32, 64), (96, 256)]
+
+
+@pytest.mark.parametrize(("head_dim", "value_dim"), VALUE_DIMS)
+@pytest.mark.parametrize("shape", [{}, {"causal": True}, {"window": (40, 9)}], ids=str)
+def test_values_of_their_own_width(head_dim: int, value_dim: int, shape: dict[str, Any], place) -> None:
+    device, dtype = place
+    case = Case(200, 300, kv_heads=2, head_dim=head_dim, value_dim=value_dim, **shape)
+    inputs = case.inputs(device, dtype)
+    out, lse = ours(case)(*inputs)
+    exact, exact_lse = reference.attention(*(x.double() for x in inputs), **case.options)
+    rival, _ = reference.attention(*inputs, **case.options)
+    assert out.shape[-1] == value_dim
+    assert relative_error(out, exact) <= 2 * relative_error(rival, exact) + 1e-5
+    assert relative_error(lse, exact_lse) < 1e-5
+
+
+def test_values_of_their_own_width_are_channels_of_wider_ones(device, dtype) -> None:
+    case = Case(130, 150, causal=True, head_dim=128)
+    q, k, v = case.inputs(device, dtype)
+    out, _ = ours(case)(q, k, v)
+    narrow, _ = ours(case)(q, k, v[..., 16:40])
+    assert relative_error(narrow, out[..., 16:40].double()) < (1e-6 if dtype == torch.float32 else 1e-4)
+
+
+def test_no_gradients_of_values_of_their_own_width(device, dtype) -> None:
+    inputs = [x.requires_grad_() for x in Case(70, 90, value_dim=32).inputs(device, dtype)]
+    with pytest.raises(NotImplementedError, match="no gradient where v has another head_dim than q yet, got 32 and 64"):
+        fastattn.attention(*inputs).sum().backward()
 
 
 def test_error_does_not_grow_with_length() -> None:

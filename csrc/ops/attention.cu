@@ -15,13 +15,16 @@ constexpr const char* kOp = "attention";
 template <class Element, class Schedule>
 struct Forward : SoftmaxOver<Element, Schedule> {
   using Score = WithSinks<SoftmaxBy<float, WeightsOf<Element>>>;
-  // By head_dim, ascending; the reasons are in attention.md.
+  // By head_dim, ascending, and of one head_dim values of few channels first; the reasons are in attention.md.
   static constexpr sm90::Config kForward[] = {
       {.head_dim = 32, .tile = {256, 64}, .stages = 2, .warpgroups = 4},
+      {.head_dim = 64, .value_dim = 32, .tile = {128, 128}, .stages = 2, .warpgroups = 2},
       {.head_dim = 64, .tile = {192, 128}, .stages = 2, .warpgroups = 3},
       {.head_dim = 64, .tile = {128, 128}, .stages = 2, .warpgroups = 2},  // for short sequences
       {.head_dim = 96, .tile = {128, 128}, .stages = 2, .warpgroups = 2},
+      {.head_dim = 128, .value_dim = 32, .tile = {128, 128}, .stages = 2, .warpgroups = 2},
       {.head_dim = 128, .tile = {128, 128}, .stages = 2, .warpgroups = 2},
+      {.head_dim = 192, .value_dim = 128, .tile = {128, 128}, .stages = 2, .warpgroups = 2, .query_stages = 1},
       {.head_dim = 192, .tile = {128, 64}, .stages = 2, .warpgroups = 2},
       {.head_dim = 256, .tile = {128, 64}, .stages = 2, .warpgroups = 2, .query_stages = 1}};
 };

@@ -47,9 +47,9 @@ Status check_dtype(const char* op, Named tensor) {
   return {};
 }
 
-Status check_head_dim(const char* op, std::int64_t head_dim) {
+Status check_head_dim(const char* op, std::int64_t head_dim, const char* name = "head_dim") {
   if (head_dim < kHeadDimStep || head_dim > kMaxHeadDim || head_dim % kHeadDimStep != 0) {
-    return failure("%s: head_dim must be a multiple of 8 between 8 and 256, got %lld", op, Long{head_dim});
+    return failure("%s: %s must be a multiple of 8 between 8 and 256, got %lld", op, name, Long{head_dim});
   }
   return {};
 }
@@ -156,6 +156,30 @@ Status check_inputs(const char* op, const Problem& problem) {
 }
 
 template <class Problem>
+Status check_output(const char* op, const Problem& problem) {
+  return check_like(op, {"out", problem.out}, {"q", problem.q}, problem.q.dtype);
+}
+
+// The same of an op whose values may have a width of their own, which its output then has.
+template <class Problem>
+Status check_inputs_and_output(const char* op, const Problem& problem) {
+  const std::int64_t value_dim = problem.v.head_dim();
+  Problem as_wide_as_queries = problem;
+  as_wide_as_queries.v.shape[3] = as_wide_as_queries.out.shape[3] = problem.q.head_dim();
+  if (Status status = check_inputs(op, as_wide_as_queries); !status.ok()) {
+    return status;
+  }
+  if (Status status = check_head_dim(op, value_dim, "the head_dim of v"); !status.ok()) {
+    return status;
+  }
+  if (problem.out.head_dim() != value_dim) {
+    return failure("%s: out must have the head_dim of v, %lld, got %lld", op, Long{value_dim},
+                   Long{problem.out.head_dim()});
+  }
+  return check_output(op, as_wide_as_queries);
+}
+
+template <class Problem>
 Status check_window(const char* op, const Problem& problem) {
   if (Status status = check_window_side(op, "left", problem.window.left); !status.ok()) {
     return status;
@@ -168,11 +192,6 @@ template <class Problem>
 Status check_band_inputs(const char* op, const Problem& problem) {
   const Status status = check_inputs(op, problem);
   return status.ok() ? check_window(op, problem) : status;
-}
-
-template <class Problem>
-Status check_output(const char* op, const Problem& problem) {
-  return check_like(op, {"out", problem.out}, {"q", problem.q}, problem.q.dtype);
 }
 
 // The gradients of a backward.
@@ -431,7 +450,10 @@ bool built_with_cuda() { return FASTATTN_WITH_CUDA; }
 
 Status validate(const Attention& problem) {
   constexpr const char* op = "attention";
-  if (Status status = check_band_inputs(op, problem); !status.ok()) {
+  if (Status status = check_inputs_and_output(op, problem); !status.ok()) {
+    return status;
+  }
+  if (Status status = check_window(op, problem); !status.ok()) {
     return status;
   }
   if (!std::isfinite(problem.softcap) || problem.softcap < 0.f) {
@@ -443,7 +465,7 @@ Status validate(const Attention& problem) {
     return failure("%s: key_bias must be of 1 or %lld batch entries and 1 or %lld heads, got %lld and %lld", op,
                    Long{problem.q.batch()}, Long{problem.q.heads()}, Long{batch}, Long{heads});
   }
-  return check_output(op, problem);
+  return {};
 }
 
 Status validate(const AttentionBackward& problem) {

@@ -6,7 +6,8 @@
 namespace fastattn::sm90 {
 
 struct Config {
-  int head_dim;  // of the tiles in shared memory; a tensor's own may be smaller
+  int head_dim;              // of the tiles in shared memory; a tensor's own may be smaller
+  int value_dim = head_dim;  // the same of values and of a forward's output
   TileShape tile;
   int stages;
   int warpgroups;        // consumers; one more warpgroup produces

@@ -45,7 +45,7 @@ template <class Variant, int kIndex>
 struct ForwardKernel {
   static constexpr Config kConfig = Variant::kForward[kIndex];
   static constexpr TileShape kTile = kConfig.tile;
-  static constexpr int kHeadDim = kConfig.head_dim;
+  static constexpr int kHeadDim = kConfig.head_dim, kValueDim = kConfig.value_dim;
   static constexpr int kStages = kConfig.stages;
   static constexpr int kQueryStages = kConfig.query_stages;
   static constexpr int kWarpgroups = kConfig.warpgroups;
@@ -65,8 +65,8 @@ struct ForwardKernel {
   using QueryTile = SharedTile<Key, kTile.q, kHeadDim>;
   using KeyTile = SharedTile<Key, kTile.k, kHeadDim>;
   using KeyTermTile = typename Operands::template KeyTermTile<kTile>;
-  using ValueTile = typename Operands::template ValueTile<kTile, kHeadDim>;
-  using Staging = SharedTile<typename Operands::Staged, kTile.q, kHeadDim>;  // of the output
+  using ValueTile = typename Operands::template ValueTile<kTile, kValueDim>;
+  using Staging = SharedTile<typename Operands::Staged, kTile.q, kValueDim>;  // of the output
 
   // Which query tile of which head.
   struct alignas(16) Work {
@@ -79,8 +79,9 @@ struct ForwardKernel {
     }
   };
 
-  // The output's rows take the place of the queries that a warpgroup is done with, where they are as large.
-  static constexpr bool kStagedInQueries = std::is_same_v<Staging, QueryTile>;
+  // The output's rows take the place of the queries that a warpgroup is done with, where their panels are as wide.
+  static constexpr bool kStagedInQueries =
+      Staging::kPanelBytes == QueryTile::kPanelBytes && Staging::kPanels <= QueryTile::kPanels;
 
   struct Shared {
     QueryTile q[kQueryStages];
@@ -94,7 +95,7 @@ struct ForwardKernel {
 
     __device__ Staging& staging([[maybe_unused]] int q_stage) {
       if constexpr (kStagedInQueries) {
-        return q[q_stage];
+        return reinterpret_cast<Staging&>(q[q_stage]);
       } else {
         return output;
       }
@@ -220,7 +221,7 @@ struct ForwardKernel {
     const auto scales = params.scales.at(work.batch, work.head, params.heads, params.heads_per_kv_head, token_of, at);
 
     Products<wgmma::Sum<Key>, kTile.k / 2> scores;
-    typename Operands::template Output<kTile, kHeadDim> out;
+    typename Operands::template Output<kTile, kValueDim> out;
     typename Score::State state[2];
 
     const auto issue_scores = [&] {

@@ -54,14 +54,16 @@ Status encode(const TensorView& view, const GridBox& box, int row_bytes, TensorM
 // The same of [batch, heads, channels, tokens], in tiles of `rows` channels.
 Status encode(const TensorView& view, int rows, int row_bytes, TransposedMap& map);
 
-// Picks the first configuration with room for head_dim that suits(it), or the last one of its head_dim, and calls
+// Picks the first configuration that has_room(it) and suits(it), or the last one of its head_dim with room, and calls
 // launch.operator()<its index>().
-template <const auto& kConfigs, class Suits, class Launch>
-Status dispatch(const char* op, std::int64_t head_dim, Suits&& suits, Launch&& launch) {
+template <const auto& kConfigs, class HasRoom, class Suits, class Launch>
+Status dispatch(const char* op, std::int64_t head_dim, HasRoom&& has_room, Suits&& suits, Launch&& launch) {
   constexpr std::size_t kCount = std::size(kConfigs);
   const auto fits = [&](std::size_t i) {
-    const bool last = i + 1 == kCount || kConfigs[i + 1].head_dim > kConfigs[i].head_dim;
-    return head_dim <= kConfigs[i].head_dim && (last || suits(kConfigs[i]));
+    const auto is_last = [&] {
+      return i + 1 == kCount || kConfigs[i + 1].head_dim > kConfigs[i].head_dim || !has_room(kConfigs[i + 1]);
+    };
+    return has_room(kConfigs[i]) && (is_last() || suits(kConfigs[i]));
   };
   Status status;
   const bool found = [&]<std::size_t... i>(std::index_sequence<i...>) {
@@ -75,7 +77,8 @@ Status dispatch(const char* op, std::int64_t head_dim, Suits&& suits, Launch&& l
 // The same where each head_dim has one configuration.
 template <const auto& kConfigs, class Launch>
 Status dispatch(const char* op, std::int64_t head_dim, Launch&& launch) {
-  return dispatch<kConfigs>(op, head_dim, [](const auto&) { return true; }, launch);
+  const auto has_room = [head_dim](const auto& config) { return head_dim <= config.head_dim; };
+  return dispatch<kConfigs>(op, head_dim, has_room, [](const auto&) { return true; }, launch);
 }
 
 // Launches `blocks` thread blocks of a kernel that uses `shared_bytes` of dynamic shared memory.

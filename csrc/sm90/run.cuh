@@ -79,7 +79,7 @@ Status launch_forward(const char* op, const ForwardProblem<Variant>& problem, St
   encode(problem.q, schedule.query_box(Kernel::kTile), params.q, Kernel::QueryTile::kRowBytes);
   encode(problem.k, schedule.key_box(Kernel::kTile), params.k, Kernel::KeyTile::kRowBytes);
   if constexpr (std::is_same_v<decltype(params.v), TransposedMap>) {
-    encode(problem.v, Kernel::kHeadDim, params.v, Kernel::ValueTile::kRowBytes);
+    encode(problem.v, Kernel::kValueDim, params.v, Kernel::ValueTile::kRowBytes);
   } else {
     encode(problem.v, schedule.key_box(Kernel::kTile), params.v, Kernel::ValueTile::kRowBytes);
   }
@@ -95,7 +95,8 @@ Status launch_forward(const char* op, const ForwardProblem<Variant>& problem, St
   if (works > 0 && problem.workspace == nullptr) {
     return failure("%s: workspace has no data", op);
   }
-  const std::int64_t bytes_of_key = problem.k.head_dim() * (size_of(problem.k.dtype) + size_of(problem.v.dtype));
+  const std::int64_t bytes_of_key =
+      problem.k.head_dim() * size_of(problem.k.dtype) + Kernel::kValueDim * size_of(problem.v.dtype);
   params.order = work_order(heads, q_tiles, blocks, problem.k.seq() * bytes_of_key, params.heads_per_kv_head);
   params.works = {params.order.count(), works > blocks ? static_cast<int*>(problem.workspace) : nullptr};
   if (params.works.taken != nullptr) {
@@ -180,8 +181,12 @@ Status launch_backward(const BackwardProblem<Variant>& problem, Stream stream,
 
 template <class Variant>
 Status run_forward(const char* op, const ForwardProblem<Variant>& problem, Stream stream) {
+  const std::int64_t head_dim = problem.q.head_dim(), value_dim = problem.epilogue.out.head_dim();
+  const auto has_room = [&](const Config& config) {
+    return head_dim <= config.head_dim && value_dim <= config.value_dim;
+  };
   const auto suits = [&](const Config& config) { return problem.schedule.suits(config.tile); };
-  return dispatch<Variant::kForward>(op, problem.q.head_dim(), suits, [&]<int kIndex>() {
+  return dispatch<Variant::kForward>(op, head_dim, has_room, suits, [&]<int kIndex>() {
     return launch_forward<ForwardKernel<Variant, kIndex>>(op, problem, stream, forward_kernel<Variant, kIndex>);
   });
 }

@@ -1,4 +1,5 @@
 // torch.ops.fastattn.attention and attention_backward.
+#include <array>
 #include <optional>
 #include <tuple>
 
@@ -34,7 +35,7 @@ std::tuple<Tensor, Tensor> attention(Tensor q, Tensor k, Tensor v, std::optional
   v = call.input("v", v);
   const Place place(q);
   const std::int64_t rows[] = {q.sizes()[0], q.sizes()[2], q.sizes()[1]};
-  const Tensor out = allocate_like(q);
+  const Tensor out = allocate(q, std::array{q.sizes()[0], q.sizes()[1], q.sizes()[2], v.sizes()[3]}, q.scalar_type());
   const Tensor lse = allocate(q, rows, ScalarType::Float);
   const Workspace workspace(q, Place::kForwardWorkspace);
   Attention problem{.q = view(q),

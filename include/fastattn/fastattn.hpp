@@ -70,8 +70,9 @@ struct Window {
 
 struct Attention {
   TensorView q;          // [batch, seq_q, heads, head_dim]
-  TensorView k, v;       // [batch, seq_k, kv_heads, head_dim]; heads is a multiple of kv_heads
-  TensorView out;        // like q
+  TensorView k;          // [batch, seq_k, kv_heads, head_dim]; heads is a multiple of kv_heads
+  TensorView v;          // [batch, seq_k, kv_heads, value_dim]; the backward wants head_dim
+  TensorView out;        // [batch, seq_q, heads, value_dim]
   float* lse = nullptr;  // [batch, heads, seq_q], contiguous: natural log-sum-exp of each row's scores
   float scale = 1.f;
   Window window;

@@ -76,6 +76,7 @@ def attention(
             ``head_dim`` is a multiple of 8 up to 256; on CUDA gradients take up to 128.
         k, v: ``[batch, seq_k, kv_heads, head_dim]``, dtype and device of ``q``. ``heads`` is a multiple of
             ``kv_heads``; query head ``h`` reads key head ``h // (heads // kv_heads)`` (grouped-query attention).
+            ``v`` may have a ``head_dim`` of its own, which is then the output's; there are no gradients then, yet.
         scale: multiplies the scores, finite and positive; ``1 / sqrt(head_dim)`` if None.
         causal: hide the keys after each query: caps ``right`` at 0.
         window: ``(left, right)``, the number of keys seen on either side of the diagonal; -1 is unbounded. Each of the
@@ -88,7 +89,7 @@ def attention(
         return_lse: return the log-sum-exp of each row as well.
 
     Returns:
-        The output, ``[batch, seq_q, heads, head_dim]``, contiguous, in the dtype of ``q``; with ``return_lse`` that and
+        The output, ``[batch, seq_q, heads, head_dim of v]``, contiguous, in the dtype of ``q``; with ``return_lse`` that and
         the natural log-sum-exp of the scaled, masked scores, float32 ``[batch, heads, seq_q]``. Both are
         differentiable in q, k, v and sinks, but not yet with a softcap or a key bias. Second derivatives are not
         available.
@@ -143,7 +144,7 @@ def forward_flops(
     **_: Any,
 ) -> int:
     batch, seq_q, heads, head_dim = q
-    return 4 * batch * heads * head_dim * kept_scores(seq_q, k[1], causal, window)
+    return 2 * batch * heads * (head_dim + v[3]) * kept_scores(seq_q, k[1], causal, window)
 
 
 def _backward_flops(
@@ -163,7 +164,7 @@ def _backward_flops(
 
 def forward_fake(q: Tensor, k: Tensor, v: Tensor, *rest: Tensor | None, **_: Any) -> tuple[Tensor, Tensor]:
     batch, seq_q, heads, _head_dim = q.shape
-    return q.new_empty(q.shape), q.new_empty((batch, heads, seq_q), dtype=torch.float32)
+    return q.new_empty((batch, seq_q, heads, v.shape[3])), q.new_empty((batch, heads, seq_q), dtype=torch.float32)
 
 
 def backward_fake(
@@ -187,6 +188,11 @@ def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tenso
     options = dict(ctx.options)
     if options.pop("softcap") or key_bias is not None:
         raise NotImplementedError("fastattn::attention has no gradient with softcap or key_bias yet")
+    if v.shape[3] != q.shape[3]:
+        raise NotImplementedError(
+            f"fastattn::attention has no gradient where v has another head_dim than q yet, got {v.shape[3]} and "
+            f"{q.shape[3]}"
+        )
     dout = torch.zeros_like(out) if dout is None else dout
     dq, dk, dv = torch.ops.fastattn.attention_backward(dout, dlse, q, k, v, out, lse, left, right, **options)
     return dq, dk, dv, _sinks_gradient(dout, dlse, sinks, out, lse), None, None, None

@@ -28,6 +28,7 @@ void forward(const Operands& x, const Schedules& schedules, const Score& scores_
   static_assert(2 * (kRows + kTile.k) * kMaxHeadDim + kRows * kTile.k <= kScratchFloats);
   const int num_q = schedules.slots().num_q, num_k = schedules.slots().num_k;
   const int dim = static_cast<int>(x.q.head_dim()), width = round_up<Isa>(dim);
+  const int value_width = round_up<Isa>(static_cast<int>(x.out.head_dim()));
   const std::int64_t heads = x.q.heads(), q_tiles = ceil_div(num_q, kTile.q);
 
   parallel_for(threads, x.q.batch() * heads * q_tiles, [&](std::int64_t task) {
@@ -42,21 +43,21 @@ void forward(const Operands& x, const Schedules& schedules, const Score& scores_
 
     Scratch scratch;
     float* q = scratch.take(kRows * width);
-    float* out = scratch.take(kRows * width);
+    float* out = scratch.take(kRows * value_width);
     float* scores = scratch.take(kRows * kTile.k);
     float* keys = scratch.take(dim * kTile.k);
-    float* values = scratch.take(kTile.k * width);
+    float* values = scratch.take(kTile.k * value_width);
     float decay[kRows] = {};
     typename Score::State state[kTile.q] = {};
 
     const TileTokens tokens = query_tokens<kTile>(schedule, q_tile);
     head.load_queries(q, tokens);
-    for (int i = 0; i < kRows * width; ++i) {
+    for (int i = 0; i < kRows * value_width; ++i) {
       out[i] = 0.f;
     }
     for_each_tile(schedule, q_tile, kTile, [&](int k_tile, auto coverage, std::uint16_t cells) {
       const int count = min_of(kTile.k, num_k - k_tile * kTile.k), columns = Head::columns(count);
-      const Panels<Isa> k{keys, dim, columns}, v{values, Head::depth(count), width};
+      const Panels<Isa> k{keys, dim, columns}, v{values, Head::depth(count), value_width};
       head.load_keys_and_values(k_tile, k, v);
 
       multiply<Isa, Update::kOverwrite>(q, width, k, scores, kTile.k, rows);
@@ -71,12 +72,12 @@ void forward(const Operands& x, const Schedules& schedules, const Score& scores_
         head.to_weights(state[row], row_scores, columns);
       }
       constexpr Update kUpdate = Score::kRescales ? Update::kScaleAndAdd : Update::kAdd;
-      multiply<Isa, kUpdate>(scores, kTile.k, v, out, width, rows, decay);
+      multiply<Isa, kUpdate>(scores, kTile.k, v, out, value_width, rows, decay);
     });
 
     for (int row = 0; row < rows; ++row) {
       if (tokens[row] >= 0) {
-        head.store(tokens[row], out + row * width, score.finish(state[row], Identity{}));
+        head.store(tokens[row], out + row * value_width, score.finish(state[row], Identity{}));
       }
     }
   });

@@ -61,10 +61,10 @@ struct PlainOperands {
     void load_keys_and_values(int k_tile, Panels<Isa> k, Panels<Isa> v) {
       stream_.move_to(k_tile);
       pack_columns(k, stream_.rows1);
-      pack_rows(v, stream_.rows2, dim());
+      pack_rows(v, stream_.rows2, value_dim());
       stream_.move_to(k_tile + 1);  // runs ascend: most likely the next one
       prefetch<Isa>(stream_.rows1, dim());
-      prefetch<Isa>(stream_.rows2, dim());
+      prefetch<Isa>(stream_.rows2, value_dim());
     }
 
     static int columns(int count) { return round_up<Isa>(count); }
@@ -77,7 +77,7 @@ struct PlainOperands {
 
     void store(int token, const float* sums, const RowResult& result) const {
       Element* const to = x_.out.row<Element>(b_, token, h_);
-      for (int d = 0; d < dim(); ++d) {
+      for (int d = 0; d < value_dim(); ++d) {
         // 0 · NaN where the row keeps nothing and a value is NaN
         to[d] = from_float<Element>(result.output_scale == 0.f ? 0.f : sums[d] * result.output_scale);
       }
@@ -88,6 +88,7 @@ struct PlainOperands {
 
    private:
     int dim() const { return static_cast<int>(x_.q.head_dim()); }
+    int value_dim() const { return static_cast<int>(x_.out.head_dim()); }
 
     const PlainOperands& x_;
     std::int64_t b_, h_;

@@ -56,7 +56,7 @@ struct RoundedRow : Row<Isa> {
 // What QuantizedAttention describes.
 struct QuantizedOperands {
   const QuantizedAttention& problem;
-  const TensorView &q = problem.q, &k = problem.k;
+  const TensorView &q = problem.q, &k = problem.k, &out = problem.out;
   float scale_log2 = problem.scale * kLog2E;
   WeightFormat weights = weight_format_of(problem.v.dtype);
 
