@@ -5,22 +5,22 @@
 
 namespace fastattn::cpu {
 
+template <class Isa, class Schedules>
+void attention_forward(const Attention& p, const Schedules& schedules, const Threads& threads) {
+  with_element(p.q.dtype, [&]<class Element>() {
+    const PlainOperands<Element> plain{p.q, p.k, p.v, p.out, p.lse};
+    if (const ScoreModifier modifier = p.modifier(); modifier.exists()) {
+      const ModifiedOperands<Element> operands{plain, modifier};
+      forward<Isa>(operands, schedules, WithSinks<SoftmaxBy<One>>{{}, p.sinks}, threads);
+    } else {
+      forward<Isa>(plain, schedules, WithSinks<Softmax>{{p.scale * kLog2E}, p.sinks}, threads);
+    }
+  });
+}
+
 template <class Isa>
 constexpr AttentionKernels attention_kernels() {
-  return {
-      [](const Attention& p, const Bands& bands, const Threads& threads) {
-        with_element(p.q.dtype, [&]<class Element>() {
-          const PlainOperands<Element> plain{p.q, p.k, p.v, p.out, p.lse};
-          if (const ScoreModifier modifier = p.modifier(); modifier.exists()) {
-            const ModifiedOperands<Element> operands{plain, modifier};
-            forward<Isa>(operands, bands, WithSinks<SoftmaxBy<One>>{{}, p.sinks}, threads);
-          } else {
-            forward<Isa>(plain, bands, WithSinks<Softmax>{{p.scale * kLog2E}, p.sinks}, threads);
-          }
-        });
-      },
-      softmax_backward<Isa, kBackwardTile, AttentionBackward, Bands>,
-  };
+  return {attention_forward<Isa, Bands>, softmax_backward<Isa, kBackwardTile, AttentionBackward, Bands>};
 }
 
 }  // namespace fastattn::cpu

@@ -5,6 +5,7 @@
 #include "fastattn/operand/element.hpp"
 #include "fastattn/plan/neighborhood_tiles.hpp"
 #include "fastattn/schedule/band.hpp"
+#include "fastattn/schedule/sequences.hpp"
 #include "instruction_set.hpp"
 
 namespace fastattn::cpu {
@@ -20,6 +21,11 @@ struct Kernels {
 
 using AttentionKernels = Kernels<Attention, AttentionBackward, Bands>;
 extern const AttentionKernels kAttentionAvx2, kAttentionAvx512;
+
+struct VarlenAttentionKernels {
+  void (*forward)(const VarlenAttention& problem, const SequenceBands& schedules, const Threads& threads);
+};
+extern const VarlenAttentionKernels kVarlenAttentionAvx2, kVarlenAttentionAvx512;
 
 using BlockSparseAttentionKernels = Kernels<BlockSparseAttention, BlockSparseAttentionBackward, BlockLists>;
 extern const BlockSparseAttentionKernels kBlockSparseAttentionAvx2, kBlockSparseAttentionAvx512;

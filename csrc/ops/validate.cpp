@@ -228,6 +228,25 @@ Status check_softmax_gradients(const char* op, const Backward& problem) {
   return {};
 }
 
+Status check_attention(const char* op, const Attention& problem) {
+  if (Status status = check_inputs_and_output(op, problem); !status.ok()) {
+    return status;
+  }
+  if (Status status = check_window(op, problem); !status.ok()) {
+    return status;
+  }
+  if (!std::isfinite(problem.softcap) || problem.softcap < 0.f) {
+    return failure("%s: softcap must be finite and positive, or 0 for none, got %g", op,
+                   static_cast<double>(problem.softcap));
+  }
+  const auto& [bias, batch, heads] = problem.key_bias;
+  if (bias != nullptr && ((batch != 1 && batch != problem.q.batch()) || (heads != 1 && heads != problem.q.heads()))) {
+    return failure("%s: key_bias must be of 1 or %lld batch entries and 1 or %lld heads, got %lld and %lld", op,
+                   Long{problem.q.batch()}, Long{problem.q.heads()}, Long{batch}, Long{heads});
+  }
+  return {};
+}
+
 Status check_block_rows(const char* op, const char* name, const BlockRows& rows, std::int64_t num_rows, int width) {
   if (num_rows > kMaxSeq) {
     return failure("%s: blocks.%s must be fewer than 2^30 over all heads, got %lld", op, name, Long{num_rows});
@@ -448,22 +467,30 @@ Status built_without_cuda(const char* op) {
 
 bool built_with_cuda() { return FASTATTN_WITH_CUDA; }
 
-Status validate(const Attention& problem) {
-  constexpr const char* op = "attention";
-  if (Status status = check_inputs_and_output(op, problem); !status.ok()) {
+Status validate(const Attention& problem) { return check_attention("attention", problem); }
+
+Status validate(const VarlenAttention& problem) {
+  constexpr const char* op = "varlen_attention";
+  const Attention& attention = problem.attention;
+  const Sequences& sequences = problem.sequences;
+  if (Status status = check_attention(op, attention); !status.ok()) {
     return status;
   }
-  if (Status status = check_window(op, problem); !status.ok()) {
-    return status;
+  if (attention.q.batch() != 1) {
+    return failure("%s: the batch size must be 1, got %lld", op, Long{attention.q.batch()});
   }
-  if (!std::isfinite(problem.softcap) || problem.softcap < 0.f) {
-    return failure("%s: softcap must be finite and positive, or 0 for none, got %g", op,
-                   static_cast<double>(problem.softcap));
+  if (attention.key_bias.bias != nullptr) {
+    return failure("%s: there is no key_bias, give seqused_k or windows instead", op);
   }
-  const auto& [bias, batch, heads] = problem.key_bias;
-  if (bias != nullptr && ((batch != 1 && batch != problem.q.batch()) || (heads != 1 && heads != problem.q.heads()))) {
-    return failure("%s: key_bias must be of 1 or %lld batch entries and 1 or %lld heads, got %lld and %lld", op,
-                   Long{problem.q.batch()}, Long{problem.q.heads()}, Long{batch}, Long{heads});
+  if (sequences.count < 1 || sequences.count > kMaxSeq) {
+    return failure("%s: there must be between 1 and 2^30 - 1 sequences, got %lld", op, Long{sequences.count});
+  }
+  if (sequences.cu_seqlens_q == nullptr || sequences.cu_seqlens_k == nullptr) {
+    return failure("%s: cu_seqlens_%s has no data", op, sequences.cu_seqlens_q == nullptr ? "q" : "k");
+  }
+  if (sequences.max_seqlen_q < 0 || sequences.max_seqlen_k < 0) {
+    return failure("%s: max_seqlen_q and max_seqlen_k must be at least 0, got %lld and %lld", op,
+                   Long{sequences.max_seqlen_q}, Long{sequences.max_seqlen_k});
   }
   return {};
 }

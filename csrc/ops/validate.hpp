@@ -3,6 +3,7 @@
 
 #include "fastattn/fastattn.hpp"
 #include "fastattn/schedule/band.hpp"
+#include "fastattn/schedule/sequences.hpp"
 
 namespace fastattn {
 
@@ -20,6 +21,7 @@ Status built_without_cuda(const char* op);
 // queries is valid (there is nothing to do), and so is one without keys (every row keeps nothing).
 Status validate(const Attention& problem);
 Status validate(const AttentionBackward& problem);
+Status validate(const VarlenAttention& problem);
 Status validate(const BlockSparseAttention& problem);
 Status validate(const BlockSparseAttentionBackward& problem);
 Status validate(const NeighborhoodAttention& problem);
@@ -48,5 +50,22 @@ Band band_of(const Problem& problem) {
 }
 
 inline Bands bands_of(const Attention& problem) { return {band_of(problem), problem.head_left, problem.head_right}; }
+
+inline SequenceBands bands_of(const VarlenAttention& problem) {
+  const Attention& attention = problem.attention;
+  const Sequences& sequences = problem.sequences;
+  Bands bands = bands_of(attention);  // whose sides are bounded by all tokens, hence wide enough for each sequence
+  const int tokens_q = bands.of_all.num_q, tokens_k = bands.of_all.num_k;
+  bands.of_all.num_q = static_cast<int>(min_of<std::int64_t>(sequences.max_seqlen_q, tokens_q));
+  bands.of_all.num_k = static_cast<int>(min_of<std::int64_t>(sequences.max_seqlen_k, tokens_k));
+  return {bands,
+          static_cast<int>(sequences.count),
+          tokens_q,
+          tokens_k,
+          sequences.cu_seqlens_q,
+          sequences.cu_seqlens_k,
+          sequences.seqused_q,
+          sequences.seqused_k};
+}
 
 }  // namespace fastattn

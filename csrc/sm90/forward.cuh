@@ -60,7 +60,7 @@ struct ForwardKernel {
   // slower). Weights of 8 bits, wide outputs and the masks of a grid leave no registers for it.
   static constexpr bool kLooksAhead = kWarpgroups == 2 && kHeadDim <= 128 &&
                                       sizeof(typename Operands::Weight) == sizeof(std::uint16_t) &&
-                                      std::is_same_v<typename Params::Origin, int>;
+                                      !std::is_same_v<typename Params::Origin, PerAxis<int>>;
 
   using QueryTile = SharedTile<Key, kTile.q, kHeadDim>;
   using KeyTile = SharedTile<Key, kTile.k, kHeadDim>;
@@ -68,14 +68,21 @@ struct ForwardKernel {
   using ValueTile = typename Operands::template ValueTile<kTile, kValueDim>;
   using Staging = SharedTile<typename Operands::Staged, kTile.q, kValueDim>;  // of the output
 
+  // A schedule that is read from memory is handed on by the producer.
+  using Schedules = typename Variant::Schedule;
+  using Schedule = decltype(std::declval<const Schedules&>().at(0, 0));
+  static constexpr bool kHandsOn = Schedules::kInMemory;
+
   // Which query tile of which head.
   struct alignas(16) Work {
-    int q_tile, head, batch;
+    int q_tile, head, sequence;
     bool exists;
+    [[no_unique_address]] std::conditional_t<kHandsOn, Schedule, Nothing> schedule;
 
     static __device__ Work at(const Params& params, int index) {
       const WorkOrder::Place place = params.order.at(index);
-      return {place.q_tile, place.head % params.heads, place.head / params.heads, true};
+      const SequenceTile tile = sequence_tile(params.schedule, place.head / params.heads, place.q_tile, kTile);
+      return {tile.q_tile, place.head % params.heads, tile.sequence, true, {}};
     }
   };
 
@@ -148,12 +155,20 @@ struct ForwardKernel {
     Positions position;
     int index = params.works.first();
     while (index < params.works.count) {
-      const Work work = Work::at(params, index);
-      const auto schedule = params.schedule.at(work.batch, work.head);
+      Work work = Work::at(params, index);
+      const Schedule schedule = params.schedule.at(work.sequence, work.head);
+      if constexpr (kHandsOn) {
+        if (work.q_tile * kTile.q >= schedule.num_q) {  // past the end of a sequence
+          index = params.works.next();
+          continue;
+        }
+        work.schedule = schedule;
+      }
+      const int batch = batch_of(params.schedule, work.sequence);
       const int kv_head = work.head / params.heads_per_kv_head;
       const auto query_origin = schedule.query_origin(work.q_tile, kTile);
       shared.q_ring.fill(position.q, QueryTile::kBytes, work, [&](Barrier& full) {
-        params.q.load(shared.q[position.q.stage], query_origin, work.head, work.batch, full);
+        params.q.load(shared.q[position.q.stage], query_origin, work.head, batch, full);
       });
       position.q.advance();
 
@@ -162,7 +177,7 @@ struct ForwardKernel {
       const auto load_values = [&] {
         if (values_pending) {
           shared.v_ring.fill(position.v, ValueTile::kBytes, {}, [&](Barrier& full) {
-            params.v.load(shared.v[position.v.stage], values_origin, kv_head, work.batch, full);
+            params.v.load(shared.v[position.v.stage], values_origin, kv_head, batch, full);
           });
           position.v.advance();
         }
@@ -184,8 +199,8 @@ struct ForwardKernel {
               KeyTermTile& key_terms = shared.key_terms[position.k.stage];
               const int bytes = KeyTile::kBytes + params.scales.terms.bytes(key_terms, k_tile);
               shared.k_ring.fill(position.k, bytes, run, [&](Barrier& full) {
-                params.k.load(shared.k[position.k.stage], origin, kv_head, work.batch, full);
-                params.scales.terms.load(key_terms, work.batch, work.head, k_tile, full);
+                params.k.load(shared.k[position.k.stage], origin, kv_head, batch, full);
+                params.scales.terms.load(key_terms, batch, work.head, k_tile, full);
               });
               position.k.advance();
               load_values();
@@ -196,7 +211,7 @@ struct ForwardKernel {
       index = params.works.next();  // so late that no block holds work which another could begin
       load_values();
     }
-    shared.q_ring.fill(position.q, 0, {.exists = false}, [](Barrier&) {});
+    shared.q_ring.fill(position.q, 0, Work{}, [](Barrier&) {});
   }
 
   static __device__ void consume(const Params& params, Shared& shared, int warpgroup) {
@@ -214,11 +229,24 @@ struct ForwardKernel {
     const int thread = threadIdx.x % kWarpgroupThreads;
     const AccumulatorThread at(thread);
     const Score score = params.score.at(work.head);
-    const auto slots = params.schedule.slots();
-    const int first_row = warpgroup * kWarpgroupRows;
+    const int batch = batch_of(params.schedule, work.sequence), first_row = warpgroup * kWarpgroupRows;
     QueryTile& queries = shared.q[position.q.stage];
-    const auto token_of = [&](int row) { return slots.query_token(work.q_tile, first_row + row, kTile); };
-    const auto scales = params.scales.at(work.batch, work.head, params.heads, params.heads_per_kv_head, token_of, at);
+    // Read anew for each use: what heads differ in would take registers among the products.
+    const auto schedule = [&] {
+      if constexpr (kHandsOn) {
+        return shared.q_ring.messages[position.q.stage].schedule;
+      } else {
+        return params.schedule.at(work.sequence, work.head);
+      }
+    };
+    const auto token_of = [&](int row) {
+      if constexpr (kHandsOn) {
+        return schedule().query_token(work.q_tile, first_row + row, kTile);
+      } else {
+        return params.schedule.slots().query_token(work.q_tile, first_row + row, kTile);
+      }
+    };
+    const auto scales = params.scales.at(batch, work.head, params.heads, params.heads_per_kv_head, token_of, at);
 
     Products<wgmma::Sum<Key>, kTile.k / 2> scores;
     typename Operands::template Output<kTile, kValueDim> out;
@@ -241,9 +269,7 @@ struct ForwardKernel {
       const auto ready = [&] {
         release(shared.k_ring, position.k);
         if (coverage == Coverage::kPartial) {
-          // Anew for each tile: what heads differ in would take registers among the products.
-          const auto schedule = params.schedule.at(work.batch, work.head);
-          kept_bits(schedule.tile_mask(work.q_tile, k_tile, kTile, cells), first_row, at)
+          kept_bits(schedule().tile_mask(work.q_tile, k_tile, kTile, cells), first_row, at)
               .apply(scores.value, -kInfinity);
         }
       };
@@ -356,8 +382,7 @@ struct ForwardKernel {
     if constexpr (!kStagedInQueries) {
       cutlass::arch::NamedBarrier::sync(kWarpgroupThreads, warpgroup);  // all have read the output of the tile before
     }
-    params.epilogue.store(out.total(), rows, shared.staging(position.q.stage), warpgroup, work.batch, work.head,
-                          token_of);
+    params.epilogue.store(out.total(), rows, shared.staging(position.q.stage), warpgroup, batch, work.head, token_of);
     publish_shared();  // the next queries are copied over what this thread has read
     shared.q_ring.release(position.q);
   }

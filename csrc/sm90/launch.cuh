@@ -50,6 +50,7 @@ inline Status clear(void* memory, std::size_t bytes, Stream stream) {
 // Describes `view` to the copy engine in tiles of `rows` consecutive tokens, or of boxes of a grid, with panels whose
 // rows are `row_bytes` long.
 Status encode(const TensorView& view, int rows, int row_bytes, TensorMap<int>& map);
+Status encode(const TensorView& view, int rows, int row_bytes, TensorMap<SequenceOrigin>& map);
 Status encode(const TensorView& view, const GridBox& box, int row_bytes, TensorMap<PerAxis<int>>& map);
 // The same of [batch, heads, channels, tokens], in tiles of `rows` channels.
 Status encode(const TensorView& view, int rows, int row_bytes, TransposedMap& map);

@@ -66,13 +66,13 @@ Status launch_forward(const char* op, const ForwardProblem<Variant>& problem, St
                       void (*kernel)(typename Kernel::Params)) {
   static_assert(sizeof(*WorkQueue::taken) == kForwardWorkspace);
   constexpr std::int64_t kMostWorks = 1 << 30;
-  const auto schedule = problem.schedule.slots();
+  const auto schedule = problem.schedule.slots();  // of any head: it tells the shape of a tile
   typename Kernel::Params params{};
   params.schedule = problem.schedule;
   params.score = problem.score;
   params.heads = static_cast<int>(problem.q.heads());
   params.heads_per_kv_head = heads_per_kv_head(problem.q, problem.k);
-  const int q_tiles = ceil_div(schedule.num_q, Kernel::kTile.q);
+  const int q_tiles = num_q_tiles(problem.schedule, Kernel::kTile);
   params.epilogue = problem.epilogue;
   params.scales = problem.scales;
   MapEncoder encode;

@@ -94,6 +94,19 @@ Status encode(const TensorView& view, int rows, int row_bytes, TensorMap<int>& m
   return encode(view, kOrder, rows, row_bytes, map.map);
 }
 
+Status encode(const TensorView& view, int rows, int row_bytes, TensorMap<SequenceOrigin>& map) {
+  constexpr auto kRows = static_cast<cuuint64_t>(TensorMap<SequenceOrigin>::kRows);
+  const auto token = static_cast<cuuint64_t>(view.stride[1]);
+  const cuuint64_t wrap = (std::uint64_t{1} << 34) / static_cast<std::uint64_t>(size_of(view.dtype));
+  const Layout layout{.rank = 5,
+                      .extent = {static_cast<cuuint64_t>(view.head_dim()), kRows, static_cast<cuuint64_t>(view.heads()),
+                                 static_cast<cuuint64_t>(view.seq() + 1), kRows + 1},
+                      .stride = {token, static_cast<cuuint64_t>(view.stride[2]), token, wrap - token},
+                      .box = {panel_columns(view.dtype, row_bytes), static_cast<cuuint32_t>(rows), 1, 1, 1},
+                      .step = {1, 1, 1, 1, 1}};
+  return encode(view, layout, map.map);
+}
+
 Status encode(const TensorView& view, int rows, int row_bytes, TransposedMap& map) {
   constexpr int kOrder[4] = {3, 2, 1, 0};  // tokens, channels, heads, batch
   return encode(view, kOrder, rows, row_bytes, map.map);

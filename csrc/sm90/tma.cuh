@@ -9,6 +9,7 @@
 #include <utility>
 
 #include "fastattn/schedule/neighborhood.hpp"
+#include "fastattn/schedule/sequences.hpp"
 #include "sm90/shared_tile.cuh"
 
 namespace fastattn::sm90 {
@@ -30,7 +31,7 @@ struct TensorMap;
 inline constexpr auto kCacheHint = static_cast<std::uint64_t>(cute::TMA::CacheHintSm90::EVICT_NORMAL);
 
 template <class Schedules>
-using OriginOf = decltype(std::declval<Schedules>().slots().query_origin(0, TileShape{}));
+using OriginOf = decltype(std::declval<const Schedules&>().at(0, 0).key_origin(0, TileShape{}));
 
 // Consecutive tokens of a sequence: coordinates (column, token, head, batch).
 template <>
@@ -43,6 +44,26 @@ struct TensorMap<int> {
     for (int i = 0; i < Tile::kPanels; ++i) {
       cute::SM90_TMA_LOAD_4D::copy(&map, reinterpret_cast<std::uint64_t*>(&barrier), kCacheHint, tile.panel(i),
                                    i * Tile::kPanelColumns, first_token, head, batch);
+    }
+  }
+};
+
+// Tokens of one of many sequences, of which a tile's rows past the end arrive as zeros although there are tokens: a row
+// is counted from the end, so that there is nothing after it. Coordinates (column, row, head, end, kRows). Addresses
+// are taken modulo 2^64, and the last coordinate's stride, 2^34 − one token, takes away the kRows tokens that the row
+// has too many: kRows · 2^34 = 2^64. (The trick is known from Triton's ragged descriptors.)
+template <>
+struct TensorMap<SequenceOrigin> {
+  static constexpr int kRows = 1 << 30;
+  CUtensorMap map;
+
+  template <class Tile>
+  __device__ void load(Tile& tile, SequenceOrigin first, int head, int, Barrier& barrier) const {
+    const int rows = kRows;
+#pragma unroll
+    for (int i = 0; i < Tile::kPanels; ++i) {
+      cute::SM90_TMA_LOAD_5D::copy(&map, reinterpret_cast<std::uint64_t*>(&barrier), kCacheHint, tile.panel(i),
+                                   i * Tile::kPanelColumns, rows - first.rows, head, first.token + first.rows, rows);
     }
   }
 };

@@ -8,21 +8,6 @@
 namespace fastattn::binding {
 namespace {
 
-// Sides of each head's own, both or none.
-template <class Place>
-void set_head_windows(const Call<Place>& call, std::optional<Tensor>& left, std::optional<Tensor>& right,
-                      const Tensor& q, Attention& problem) {
-  const auto side = [&](const char* name, std::optional<Tensor>& tensor) -> const std::int32_t* {
-    if (!tensor) {
-      return nullptr;
-    }
-    tensor = call.array(name, *tensor, ScalarType::Int, "[heads]", {q.sizes()[2]});
-    return tensor->template const_data_ptr<std::int32_t>();
-  };
-  problem.head_left = side("window_left", left);
-  problem.head_right = side("window_right", right);
-}
-
 template <class Place>
 std::tuple<Tensor, Tensor> attention(Tensor q, Tensor k, Tensor v, std::optional<Tensor> sinks,
                                      std::optional<Tensor> key_bias, std::optional<Tensor> window_left,
@@ -48,7 +33,7 @@ std::tuple<Tensor, Tensor> attention(Tensor q, Tensor k, Tensor v, std::optional
                     .softcap = static_cast<float>(softcap),
                     .key_bias = call.key_bias("key_bias", key_bias, q, k),
                     .workspace = workspace.address()};
-  set_head_windows(call, window_left, window_right, q, problem);
+  call.set_head_windows(window_left, window_right, q, problem);
   if (sinks) {
     call.check_head_values("sinks", *sinks, q);
     problem.sinks = sinks->const_data_ptr<float>();
@@ -90,7 +75,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(Tensor dout, std::optional
                             .dq = view(dq),
                             .dk = view(dk),
                             .dv = view(dv)};
-  set_head_windows(call, window_left, window_right, q, problem.forward);
+  call.set_head_windows(window_left, window_right, q, problem.forward);
   const Workspace workspace(q, attention_backward_workspace(problem, place.executor));
   problem.workspace = workspace.address();
   require(fastattn::attention_backward(problem, place.executor));

@@ -66,16 +66,21 @@ inline DType dtype_of(ScalarType type) {
 
 inline bool has_low_bits(ScalarType type) { return type == ScalarType::Char || type == ScalarType::Float8_e4m3fn; }
 
+// [batch, seq, heads, head_dim], or that without a batch, which becomes 1.
 inline TensorView view(const Tensor& tensor) {
-  TensorView view{.data = tensor.data_ptr()};
-  std::ranges::copy(tensor.sizes(), view.shape);
-  std::ranges::copy(tensor.strides(), view.stride);
+  TensorView view{.data = tensor.data_ptr(), .shape = {1}};
+  const auto missing = 4 - tensor.dim();
+  std::ranges::copy(tensor.sizes(), view.shape + missing);
+  std::ranges::copy(tensor.strides(), view.stride + missing);
   view.dtype = dtype_of(tensor.scalar_type());
   return view;
 }
 
+inline std::int64_t head_dim_of(const Tensor& tensor) { return tensor.sizes()[tensor.dim() - 1]; }
+inline std::int64_t heads_of(const Tensor& tensor) { return tensor.sizes()[tensor.dim() - 2]; }
+
 inline bool last_dim_is_contiguous(const Tensor& tensor) {
-  return tensor.numel() == 0 || tensor.sizes()[3] == 1 || tensor.stride(3) == 1;
+  return tensor.numel() == 0 || head_dim_of(tensor) == 1 || tensor.stride(tensor.dim() - 1) == 1;
 }
 
 // An uninitialised, contiguous tensor where `like` is. torch::stable::new_empty finds its way through the dispatcher by
@@ -120,7 +125,7 @@ inline Window window_of(const char* op, bool causal, const std::optional<std::ve
 }
 
 inline float scale_of(std::optional<double> scale, const Tensor& q) {
-  return static_cast<float>(scale ? *scale : 1 / std::sqrt(std::max(1., static_cast<double>(q.sizes()[3]))));
+  return static_cast<float>(scale ? *scale : 1 / std::sqrt(std::max(1., static_cast<double>(head_dim_of(q)))));
 }
 
 // Memory for one call, aligned as the core asks (AttentionBackward::workspace); null if it is of no bytes.
@@ -152,6 +157,15 @@ class Call {
 
   Tensor input(const char* name, const Tensor& tensor) const {
     check(name, tensor);
+    return addressable(name, tensor);
+  }
+
+  // Without a batch.
+  Tensor packed_input(const char* name, const Tensor& tensor) const {
+    require(tensor.dim() == 3, op_, ": ", name, " must have 3 dimensions, [tokens, heads, head_dim], got ",
+            list(tensor.sizes()));
+    check_device(name, tensor);
+    check_dtype(name, tensor);
     return addressable(name, tensor);
   }
 
@@ -214,9 +228,26 @@ class Call {
     return {tensor->const_data_ptr<float>(), batch, heads};
   }
 
+  // Integers that may be missing; null then. `tensor` is kept for the core to read.
+  const std::int32_t* integers(const char* name, std::optional<Tensor>& tensor, const char* axes,
+                               std::int64_t count) const {
+    if (!tensor) {
+      return nullptr;
+    }
+    tensor = array(name, *tensor, ScalarType::Int, axes, {count});
+    return tensor->const_data_ptr<std::int32_t>();
+  }
+
+  // The sides of windows of each head's own.
+  void set_head_windows(std::optional<Tensor>& left, std::optional<Tensor>& right, const Tensor& q,
+                        Attention& problem) const {
+    problem.head_left = integers("window_left", left, "[heads]", heads_of(q));
+    problem.head_right = integers("window_right", right, "[heads]", heads_of(q));
+  }
+
   // One float for each head of q.
   void check_head_values(const char* name, const Tensor& tensor, const Tensor& q) const {
-    const std::int64_t heads = q.sizes()[2];
+    const std::int64_t heads = heads_of(q);
     require(tensor.dim() == 1 && tensor.sizes()[0] == heads && tensor.scalar_type() == ScalarType::Float &&
                 (heads <= 1 || tensor.stride(0) == 1),
             op_, ": ", name, " must be contiguous Float [heads] = [", heads, "], got ", tensor.scalar_type(), " ",
@@ -232,6 +263,10 @@ class Call {
 
   void check(const char* name, const Tensor& tensor) const {
     check_axes(name, tensor);
+    check_dtype(name, tensor);
+  }
+
+  void check_dtype(const char* name, const Tensor& tensor) const {
     const ScalarType type = tensor.scalar_type();
     require(type == ScalarType::Float || type == ScalarType::Half || type == ScalarType::BFloat16, op_, ": ", name,
             " must be float32, float16 or bfloat16, got ", type);
@@ -295,7 +330,7 @@ struct Cuda {
   static bool addresses(const Tensor& tensor) {
     const std::int64_t bytes = tensor.element_size();
     bool aligned = reinterpret_cast<std::uintptr_t>(tensor.data_ptr()) % 16 == 0;
-    for (std::int64_t i = 0; i < 3; ++i) {
+    for (std::int64_t i = 0; i < tensor.dim() - 1; ++i) {
       const std::int64_t stride = tensor.stride(i) * bytes;
       aligned = aligned && (tensor.sizes()[i] <= 1 || (stride > 0 && stride % 16 == 0));
     }

@@ -104,6 +104,28 @@ std::size_t attention_backward_workspace(const AttentionBackward& problem, Strea
 Status attention_backward(const AttentionBackward& problem, const Threads& threads);
 Status attention_backward(const AttentionBackward& problem, Stream stream);
 
+// varlen_attention: `attention` over sequences of many lengths, one after the other in the same tensors.
+
+// Sequence s has the tokens from cu_seqlens[s] to cu_seqlens[s + 1] of a tensor, the first 0, ascending and no more
+// than there are. All arrays lie in memory of the device. What contradicts that is refused on a CPU and cut off on a
+// GPU.
+struct Sequences {
+  std::int64_t count = 0;
+  const std::int32_t *cu_seqlens_q = nullptr, *cu_seqlens_k = nullptr;  // [count + 1]
+  // [count]: how many of a sequence's tokens are used, from its first on; null: all. Unused keys are not seen, unused
+  // queries, and those after the last sequence, see nothing.
+  const std::int32_t *seqused_q = nullptr, *seqused_k = nullptr;
+  std::int64_t max_seqlen_q = 0, max_seqlen_k = 0;  // about how long the longest are, for the choice of tiles alone
+};
+
+struct VarlenAttention {
+  Attention attention;  // of one batch entry, without a key bias; its window is in each sequence
+  Sequences sequences;
+};
+
+Status varlen_attention(const VarlenAttention& problem, const Threads& threads);
+Status varlen_attention(const VarlenAttention& problem, Stream stream);
+
 // block_sparse_attention: `attention` on the blocks of scores that a list names for every head.
 
 struct BlockSparseAttention {

@@ -18,6 +18,7 @@ from .quantize_tokens import QuantizedTokens, quantize_tokens
 from .quantized_attention import quantized_attention
 from .sale import SalePlan, calibrate_sale, sale_attention
 from .sigmoid_attention import sigmoid_attention
+from .varlen_attention import varlen_attention
 
 _library.load()
 __version__ = _version("fastattn")
@@ -41,4 +42,5 @@ __all__ = [
     "quantized_attention",
     "sale_attention",
     "sigmoid_attention",
+    "varlen_attention",
 ]

@@ -41,6 +41,8 @@ class Op:
     """Without `backward`: what that error says."""
     autocast: int = 0
     """Under autocast, so many of the first tensors are cast to autocast's dtype."""
+    has_batch: bool = True
+    """Do its tensors begin with one? Only then can vmap add to it."""
 
 
 def register(op: Op) -> None:
@@ -49,7 +51,8 @@ def register(op: Op) -> None:
     torch.library.register_fake(name, op.fake, lib=_library)
     packet = getattr(getattr(torch.ops, NAMESPACE), op.name)
     _library.impl(op.name, _autograd(op, packet.default), "Autograd", with_keyset=True)
-    torch.library.register_vmap(name, _merge_into_batch(op.name, packet), lib=_library)
+    rule = _merge_into_batch(op.name, packet) if op.has_batch else _refuse_vmap(op.name)
+    torch.library.register_vmap(name, rule, lib=_library)
     register_flop_formula(packet, get_raw=op.flops_read_data)(op.flops)
     if op.autocast:
         for device, key in _AUTOCAST_KEYS.items():
@@ -129,6 +132,13 @@ def _merge_into_batch(name: str, packet: Any) -> Callable[..., Any]:
         if isinstance(results, torch.Tensor):
             return split(results), 0
         return tuple(map(split, results)), (0,) * len(results)
+
+    return rule
+
+
+def _refuse_vmap(name: str) -> Callable[..., Any]:
+    def rule(info: Any, in_dims: tuple[int | None, ...], *tensors: Any, **options: Any) -> Any:
+        raise NotImplementedError(f"fastattn::{name} has no batch that vmap could add to")
 
     return rule
 

@@ -89,8 +89,8 @@ def attention(
         return_lse: return the log-sum-exp of each row as well.
 
     Returns:
-        The output, ``[batch, seq_q, heads, head_dim of v]``, contiguous, in the dtype of ``q``; with ``return_lse`` that and
-        the natural log-sum-exp of the scaled, masked scores, float32 ``[batch, heads, seq_q]``. Both are
+        The output, ``[batch, seq_q, heads, head_dim of v]``, contiguous, in the dtype of ``q``; with ``return_lse``
+        that and the natural log-sum-exp of the scaled, masked scores, float32 ``[batch, heads, seq_q]``. Both are
         differentiable in q, k, v and sinks, but not yet with a softcap or a key bias. Second derivatives are not
         available.
 
@@ -102,16 +102,21 @@ def attention(
         >>> attention(q, k, v, causal=True).shape
         torch.Size([2, 128, 8, 64])
     """
-    left = right = of_all = None
-    if window is not None:
-        left, right, *_ = [side if isinstance(side, Tensor) else None for side in (*window, None, None)]
-        of_all = [UNBOUNDED if isinstance(side, Tensor) else side for side in window]
+    of_all, left, right = windows_of(window)
     if softcap is not None and not softcap > 0:
         raise ValueError(f"attention: softcap must be positive, or None, got {softcap}")
     out, lse = torch.ops.fastattn.attention(
         q, k, v, sinks, key_bias, left, right, scale=scale, causal=causal, window=of_all, softcap=softcap or 0.0
     )
     return (out, lse) if return_lse else out
+
+
+def windows_of(window: Window | None) -> tuple[list[int] | None, Tensor | None, Tensor | None]:
+    """The window of all heads, and the sides of each head's own, as the op takes them."""
+    if window is None:
+        return None, None, None
+    left, right, *_ = [side if isinstance(side, Tensor) else None for side in (*window, None, None)]
+    return [UNBOUNDED if isinstance(side, Tensor) else side for side in window], left, right
 
 
 def kept_scores(seq_q: int, seq_k: int, causal: bool = False, window: Sequence[int] | None = None) -> int:

@@ -26,18 +26,21 @@ void forward(const Operands& x, const Schedules& schedules, const Score& scores_
   constexpr int kRows = padded_rows<Isa>(kTile.q);
   static_assert(kTile.k % Vector<Isa>::kWidth == 0);
   static_assert(2 * (kRows + kTile.k) * kMaxHeadDim + kRows * kTile.k <= kScratchFloats);
-  const int num_q = schedules.slots().num_q, num_k = schedules.slots().num_k;
   const int dim = static_cast<int>(x.q.head_dim()), width = round_up<Isa>(dim);
   const int value_width = round_up<Isa>(static_cast<int>(x.out.head_dim()));
-  const std::int64_t heads = x.q.heads(), q_tiles = ceil_div(num_q, kTile.q);
+  const std::int64_t heads = x.q.heads(), q_tiles = num_q_tiles(schedules, kTile);
 
   parallel_for(threads, x.q.batch() * heads * q_tiles, [&](std::int64_t task) {
     // The last query tiles of a head first: under a causal mask they are the longest.
-    const int q_tile = static_cast<int>(q_tiles - 1 - task % q_tiles);
-    const std::int64_t h = task / q_tiles % heads, b = task / q_tiles / heads;
-    const auto schedule = schedules.at(static_cast<int>(b), static_cast<int>(h));
-    const Score score = scores_of_heads.at(static_cast<int>(h));
-    const int rows = min_of(kTile.q, num_q - q_tile * kTile.q);
+    const int h = static_cast<int>(task / q_tiles % heads), entry = static_cast<int>(task / q_tiles / heads);
+    const SequenceTile tile = sequence_tile(schedules, entry, static_cast<int>(q_tiles - 1 - task % q_tiles), kTile);
+    const auto schedule = schedules.at(tile.sequence, h);
+    const int q_tile = tile.q_tile, b = batch_of(schedules, tile.sequence);
+    const int rows = min_of(kTile.q, schedule.num_q - q_tile * kTile.q);
+    if (rows <= 0) {
+      return;
+    }
+    const Score score = scores_of_heads.at(h);
     using Head = typename Operands::template Head<Isa, kTile, std::remove_const_t<decltype(schedule)>>;
     Head head(x, schedule, b, h);
 
@@ -50,13 +53,12 @@ void forward(const Operands& x, const Schedules& schedules, const Score& scores_
     float decay[kRows] = {};
     typename Score::State state[kTile.q] = {};
 
-    const TileTokens tokens = query_tokens<kTile>(schedule, q_tile);
-    head.load_queries(q, tokens);
+    head.load_queries(q, query_tokens<kTile>(schedule, q_tile));
     for (int i = 0; i < kRows * value_width; ++i) {
       out[i] = 0.f;
     }
     for_each_tile(schedule, q_tile, kTile, [&](int k_tile, auto coverage, std::uint16_t cells) {
-      const int count = min_of(kTile.k, num_k - k_tile * kTile.k), columns = Head::columns(count);
+      const int count = min_of(kTile.k, schedule.num_k - k_tile * kTile.k), columns = Head::columns(count);
       const Panels<Isa> k{keys, dim, columns}, v{values, Head::depth(count), value_width};
       head.load_keys_and_values(k_tile, k, v);
 
@@ -76,8 +78,8 @@ void forward(const Operands& x, const Schedules& schedules, const Score& scores_
     });
 
     for (int row = 0; row < rows; ++row) {
-      if (tokens[row] >= 0) {
-        head.store(tokens[row], out + row * value_width, score.finish(state[row], Identity{}));
+      if (const int token = schedule.query_token(q_tile, row, kTile); token >= 0) {
+        head.store(token, out + row * value_width, score.finish(state[row], Identity{}));
       }
     }
   });

@@ -6,6 +6,7 @@
 #include "fastattn/cpu/parallel.hpp"
 #include "fastattn/cpu/vector.hpp"
 #include "fastattn/schedule/neighborhood.hpp"
+#include "fastattn/schedule/sequences.hpp"
 
 namespace fastattn::cpu {
 
@@ -39,6 +40,15 @@ FASTATTN_HD TileTokens<kSlots> tokens_of_box(int first, int, int num_tokens) {
   TileTokens<kSlots> tokens;
   for (int i = 0; i < kSlots; ++i) {
     tokens.token[i] = first + i < num_tokens ? first + i : -1;
+  }
+  return tokens;
+}
+
+template <int kSlots>
+FASTATTN_HD TileTokens<kSlots> tokens_of_box(SequenceOrigin first, int, int) {
+  TileTokens<kSlots> tokens;
+  for (int i = 0; i < kSlots; ++i) {
+    tokens.token[i] = i < first.rows ? first.token + i : -1;
   }
   return tokens;
 }

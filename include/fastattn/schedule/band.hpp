@@ -10,6 +10,7 @@ namespace fastattn {
 // Query q keeps key k when −left ≤ k − (q + num_k − num_q) ≤ right: a band around the diagonal that ends in the
 // bottom-right corner. Causal is right = 0; an unbounded side is any value ≥ num_q + num_k.
 struct Band {
+  static constexpr bool kInMemory = false;
   int num_q, num_k, left, right;
 
   // Key tiles [at, end), of which [full_begin, full_end) are full.
@@ -111,6 +112,7 @@ struct Band {
 
 // The same with sides of each head's own, of which the narrower ones count.
 struct Bands {
+  static constexpr bool kInMemory = true;
   Band of_all;
   // [heads], in memory of the device; below 0: unbounded. Null: the band of all.
   const std::int32_t *left = nullptr, *right = nullptr;

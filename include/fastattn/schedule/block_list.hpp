@@ -242,7 +242,8 @@ FASTATTN_HD constexpr BlockList::Cursor BlockList::runs(int q_tile, TileShape sh
 
 // The lists of all heads, [batch, heads, rows of blocks(, blocks in a row)]; an extent of 1 is shared by all.
 struct BlockLists {
-  BlockList first;  // of batch 0 and head 0
+  static constexpr bool kInMemory = false;  // the lists are, at() knows where
+  BlockList first;                          // of batch 0 and head 0
   int batch, heads;
 
   // Do a tile's queries lie in one block? Else it visits what either of two rows of blocks lists.

@@ -143,6 +143,7 @@ struct BoxTiling {
 // kTransposed: the queries of this schedule are the keys of the problem. Made by make_neighborhood and transposed().
 template <bool kTransposed, class QBox = AnyBox, class KBox = AnyBox>
 struct NeighborhoodSchedule {
+  static constexpr bool kInMemory = false;
   int num_q, num_k;  // slots
   PerAxis<NeighborhoodAxis> axes;
   PerAxis<Divisor> stride, dilation;  // of the axes

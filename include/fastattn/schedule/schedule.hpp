@@ -92,17 +92,46 @@ concept TileSchedule =
       // The tokens of a tile as something to copy: where its first one lies, and the shape of the whole.
       schedule.query_origin(q, shape), schedule.key_origin(k, shape);
       schedule.query_box(shape), schedule.key_box(shape);
-      schedule.transposed();  // the same mask with queries and keys exchanged, for the backward
     };
+
+// One that has a backward: the same mask with queries and keys exchanged is a schedule too.
+template <class S>
+concept ReversibleSchedule = TileSchedule<S> && requires(const S schedule) {
+  { schedule.transposed() } -> TileSchedule;
+};
 
 // The schedules of all heads, which share their slots: the numbers of them and the tokens in them.
 template <class S>
 concept ScheduleFamily =
     std::is_trivially_copyable_v<S> && requires(const S schedules, int batch, int head, TileShape tile) {
+      { S::kInMemory } -> std::convertible_to<bool>;    // does at() read memory of the device?
       { schedules.suits(tile) } -> std::same_as<bool>;  // else a kernel with other tiles is preferred, if any
       { schedules.slots() } -> TileSchedule;            // of any head; reads no memory of the device
       { schedules.at(batch, head) } -> TileSchedule;
     };
+
+// Most families have a schedule for each batch entry and head. Where a batch entry holds several sequences, `batch` in
+// at(batch, head) is the sequence, and these functions have overloads; the executors ask them alone.
+
+struct SequenceTile {
+  int sequence, q_tile;
+};
+
+// Query tiles of a head in a batch entry of the tensors, those of all its sequences.
+template <class S>
+FASTATTN_HD constexpr int num_q_tiles(const S& schedules, TileShape tile) {
+  return ceil_div(schedules.slots().num_q, tile.q);
+}
+// One of these. It may lie past the end of its sequence where schedules are in memory.
+template <class S>
+FASTATTN_HD constexpr SequenceTile sequence_tile(const S&, int batch, int q_tile, TileShape) {
+  return {batch, q_tile};
+}
+// The batch entry of the tensors that holds a sequence.
+template <class S>
+FASTATTN_HD constexpr int batch_of(const S&, int sequence) {
+  return sequence;
+}
 
 // Visits every tile of a run: body(k_tile, coverage, cells).
 template <class Body>

@@ -158,7 +158,7 @@ def masked_attention(
     if sinks is not None:  # one key more, with a value of 0, which all see
         sink = sinks[:, None, None].to(scores.dtype).expand(*scores.shape[:-1], 1)
         scores = torch.cat([scores, sink], -1)
-        keep = torch.cat([keep.expand(scores[..., :-1].shape), torch.ones_like(sink, dtype=torch.bool)], -1)
+        keep = torch.cat([keep.expand(scores[..., :-1].shape), sink > -math.inf], -1)
         v = pad(v, (0, 0, 0, 0, 0, 1))
     sees = keep.any(-1)  # rows without a key have no softmax
     scores = scores.masked_fill(~keep, -math.inf).masked_fill(~sees[..., None], 0)

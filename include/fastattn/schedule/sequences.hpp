@@ -1,0 +1,107 @@
+// Sequences of many lengths, one after the other in the same tensors ("varlen"): a band over each.
+#pragma once
+
+#include <cstdint>
+
+#include "fastattn/schedule/band.hpp"
+
+namespace fastattn {
+
+// Where a tile's first token lies, and how many of the tile's rows there are from there to the end of its sequence:
+// what comes after is another's.
+struct SequenceOrigin {
+  int token, rows;
+};
+
+// A band over one sequence. Slots are the sequence's tokens; those past the band's see nothing and are not seen.
+struct SequenceBand {
+  int num_q, num_k;
+  int first_query, first_key;  // tokens of the tensors
+  Band band;
+
+  FASTATTN_HD constexpr bool keeps(int q, int k) const { return band.keeps(q, k); }
+  FASTATTN_HD constexpr Band::Cursor runs(int q_tile, TileShape shape) const { return band.runs(q_tile, shape); }
+  FASTATTN_HD constexpr Band::TileMask tile_mask(int q_tile, int k_tile, TileShape shape, std::uint16_t cells) const {
+    return band.tile_mask(q_tile, k_tile, shape, cells);
+  }
+
+  FASTATTN_HD constexpr int query_token(int slot) const { return slot < num_q ? first_query + slot : -1; }
+  FASTATTN_HD constexpr int query_token(int q_tile, int row, TileShape shape) const {
+    return query_token(q_tile * shape.q + row);
+  }
+  FASTATTN_HD constexpr int key_token(int slot) const { return slot < num_k ? first_key + slot : -1; }
+  // Rows of the band alone: the others are zeros, whatever the tensors hold there.
+  FASTATTN_HD constexpr SequenceOrigin query_origin(int q_tile, TileShape shape) const {
+    const int slot = q_tile * shape.q;
+    return {first_query + slot, max_of(band.num_q - slot, 0)};
+  }
+  FASTATTN_HD constexpr SequenceOrigin key_origin(int k_tile, TileShape shape) const {
+    const int slot = k_tile * shape.k;
+    return {first_key + slot, max_of(band.num_k - slot, 0)};
+  }
+  constexpr int query_box(TileShape shape) const { return shape.q; }
+  constexpr int key_box(TileShape shape) const { return shape.k; }
+};
+
+// The bands of all sequences, which share one batch entry of the tensors.
+struct SequenceBands {
+  static constexpr bool kInMemory = true;
+  Bands of_longest;  // with sides that are wide enough for every sequence
+  int count;
+  int tokens_q, tokens_k;  // of the tensors
+  // In memory of the device: sequence s has the tokens from cu_seqlens[s] to cu_seqlens[s + 1] [count + 1], of which
+  // the first seqused[s] [count] are used; null: all. What lies outside the tensors is cut off; queries after the last
+  // sequence belong to it, unused.
+  const std::int32_t *cu_seqlens_q, *cu_seqlens_k, *seqused_q, *seqused_k;
+
+  constexpr bool suits(TileShape tile) const { return of_longest.suits(tile); }
+  constexpr Band slots() const { return of_longest.slots(); }
+
+  FASTATTN_HD constexpr SequenceBand at(int sequence, int head) const {
+    const Interval q = tokens(cu_seqlens_q, sequence, tokens_q), k = tokens(cu_seqlens_k, sequence, tokens_k);
+    const Band band = of_longest.at(0, head);
+    const bool last = sequence + 1 == count;
+    return {(last ? tokens_q : q.end) - q.begin,
+            k.end - k.begin,
+            q.begin,
+            k.begin,
+            {used(seqused_q, sequence, q), used(seqused_k, sequence, k), band.left, band.right}};
+  }
+
+  // The first query tile of a sequence among those of all: the tokens before it fill no more than that many, and one
+  // that is not full for each sequence.
+  FASTATTN_HD constexpr int first_tile(int sequence, TileShape tile) const {
+    return clamp(cu_seqlens_q[sequence], tokens_q) / tile.q + sequence;
+  }
+
+ private:
+  FASTATTN_HD static constexpr int clamp(int token, int tokens) { return min_of(max_of(token, 0), tokens); }
+  FASTATTN_HD static constexpr Interval tokens(const std::int32_t* cu_seqlens, int sequence, int tokens) {
+    const int begin = clamp(cu_seqlens[sequence], tokens);
+    return {begin, max_of(clamp(cu_seqlens[sequence + 1], tokens), begin)};
+  }
+  FASTATTN_HD static constexpr int used(const std::int32_t* seqused, int sequence, Interval tokens) {
+    const int length = tokens.end - tokens.begin;
+    return seqused == nullptr ? length : clamp(seqused[sequence], length);
+  }
+};
+
+// How the executors go through the sequences; see schedule.hpp.
+
+FASTATTN_HD constexpr int num_q_tiles(const SequenceBands& schedules, TileShape tile) {
+  return schedules.tokens_q / tile.q + schedules.count;
+}
+FASTATTN_HD constexpr SequenceTile sequence_tile(const SequenceBands& schedules, int, int q_tile, TileShape tile) {
+  int sequence = 0, end = schedules.count;  // the last one whose first tile is not after q_tile lies before `end`
+  while (sequence + 1 < end) {
+    const int middle = (sequence + end) / 2;
+    (schedules.first_tile(middle, tile) <= q_tile ? sequence : end) = middle;
+  }
+  return {sequence, q_tile - schedules.first_tile(sequence, tile)};
+}
+FASTATTN_HD constexpr int batch_of(const SequenceBands&, int) { return 0; }
+
+static_assert(TileSchedule<SequenceBand> && ScheduleFamily<SequenceBands>);
+static_assert(is_exact(SequenceBand{19, 25, 100, 200, {17, 22, 6, 0}}, {8, 4}));
+
+}  // namespace fastattn
