@@ -20,7 +20,8 @@ void attention_forward(const Attention& p, const Schedules& schedules, const Thr
 
 template <class Isa>
 constexpr AttentionKernels attention_kernels() {
-  return {attention_forward<Isa, Bands>, softmax_backward<Isa, kBackwardTile, AttentionBackward, Bands>};
+  return {attention_forward<Isa, Bands>, softmax_backward<Isa, kBackwardTile, AttentionBackward, Bands>,
+          attention_forward<Isa, Regions>};
 }
 
 }  // namespace fastattn::cpu

@@ -19,7 +19,9 @@ struct Kernels {
   void (*backward)(const Backward& problem, const Schedules& schedules, const Threads& threads);
 };
 
-using AttentionKernels = Kernels<Attention, AttentionBackward, Bands>;
+struct AttentionKernels : Kernels<Attention, AttentionBackward, Bands> {
+  void (*forward_in_regions)(const Attention& problem, const Regions& regions, const Threads& threads);
+};
 extern const AttentionKernels kAttentionAvx2, kAttentionAvx512;
 
 struct VarlenAttentionKernels {

@@ -1,6 +1,7 @@
 // attention on the CPU: checks, then the kernels of the best instruction set this machine has.
 #include "cpu/kernels.hpp"
 #include "fastattn/cpu/parallel.hpp"
+#include "fastattn/cpu/survey.hpp"
 #include "fastattn/fastattn.hpp"
 #include "validate.hpp"
 
@@ -21,9 +22,22 @@ Status attention(const Attention& problem, const Threads& threads) {
   if (kernels() == nullptr) {
     return no_cpu_kernels("attention");
   }
-  kernels()->forward(problem, bands_of(problem), threads);
+  if (!problem.has_regions()) {
+    kernels()->forward(problem, bands_of(problem), threads);
+    return {};
+  }
+  const Regions regions = regions_of(problem, problem.workspace);
+  if (regions.segments.exist()) {
+    if (problem.workspace == nullptr) {
+      return failure("attention: workspace has no data");
+    }
+    cpu::survey_segments(regions, threads);
+  }
+  kernels()->forward_in_regions(problem, regions, threads);
   return {};
 }
+
+std::size_t attention_workspace(const Attention& problem, const Threads&) { return survey_bytes(problem); }
 
 // The log-sum-exp in base 2 and delta of every row.
 std::size_t attention_backward_workspace(const AttentionBackward& problem, const Threads&) {
@@ -47,6 +61,8 @@ Status attention_backward(const AttentionBackward& problem, const Threads& threa
 #if !FASTATTN_WITH_CUDA
 
 Status attention(const Attention&, Stream) { return built_without_cuda("attention"); }
+
+std::size_t attention_workspace(const Attention&, Stream) { return 0; }
 
 std::size_t attention_backward_workspace(const AttentionBackward&, Stream) { return 0; }
 

@@ -1,11 +1,14 @@
 // `attention` on Hopper: softmax over a band, in bf16 and fp16. See attention.md.
+#include <cstddef>
 #include <cstdint>
 
 #include "fastattn/fastattn.hpp"
 #include "fastattn/schedule/band.hpp"
+#include "fastattn/schedule/regions.hpp"
 #include "ops/softmax.cuh"
 #include "ops/validate.hpp"
 #include "sm90/config.hpp"
+#include "sm90/survey.hpp"
 
 namespace fastattn {
 namespace {
@@ -41,6 +44,15 @@ struct ModifiedForward : Forward<Element, Bands> {
       {.head_dim = 256, .tile = {128, kCapped ? 32 : 64}, .stages = 2, .warpgroups = 2, .query_stages = 1}};
 };
 
+// Of rectangles and segments: few tiles, for what a mask costs depends on what is in it.
+template <class Element>
+struct RegionForward : Forward<Element, Regions> {
+  static constexpr sm90::Config kForward[] = {
+      {.head_dim = 64, .tile = {128, 128}, .stages = 2, .warpgroups = 2},
+      {.head_dim = 128, .tile = {128, 128}, .stages = 2, .warpgroups = 2},
+      {.head_dim = 256, .tile = {128, 64}, .stages = 2, .warpgroups = 2, .query_stages = 1}};
+};
+
 template <class Element, class Schedule>
 struct Backward : SoftmaxOver<Element, Schedule> {
   static constexpr sm90::Config kBackward[] = {{.head_dim = 64, .tile = {128, 128}, .stages = 2, .warpgroups = 2},
@@ -69,6 +81,24 @@ Status run_modified(const Attention& p, Stream stream) {
   return run<ModifiedForward<Element, kCapped>>(p, bands_of(p), {{}, p.sinks}, scales, stream);
 }
 
+// In the workspace, after what the forward counts in.
+constexpr std::size_t kSurvey = sizeof(IdRange);
+static_assert(kSurvey >= kForwardWorkspace);
+
+template <class Element>
+Status run_in_regions(const Attention& p, Stream stream) {
+  const Regions regions = regions_of(p, static_cast<std::byte*>(p.workspace) + kSurvey);
+  if (regions.segments.exist()) {
+    if (p.workspace == nullptr) {
+      return failure("%s: workspace has no data", kOp);
+    }
+    if (const Status status = sm90::survey_segments(regions, stream); !status.ok()) {
+      return status;
+    }
+  }
+  return run<RegionForward<Element>>(p, regions, {{p.scale * kLog2E}, p.sinks}, {}, stream);
+}
+
 // Calls run(schedule): windows of each head's own cost partial tiles instructions.
 template <class Run>
 Status with_schedule(const Attention& p, Run&& run) {
@@ -82,10 +112,17 @@ Status attention(const Attention& p, Stream stream) {
     if (p.modifier().exists()) {
       return p.softcap != 0.f ? run_modified<Element, true>(p, stream) : run_modified<Element, false>(p, stream);
     }
+    if (p.has_regions()) {
+      return run_in_regions<Element>(p, stream);
+    }
     return with_schedule(p, [&]<class Schedule>(const Schedule& schedule) {
       return run<Forward<Element, Schedule>>(p, schedule, {{p.scale * kLog2E}, p.sinks}, {}, stream);
     });
   });
+}
+
+std::size_t attention_workspace(const Attention& p, Stream) {
+  return p.segments.exist() ? kSurvey + survey_bytes(p) : kForwardWorkspace;
 }
 
 Status attention_backward(const AttentionBackward& problem, Stream stream) {

@@ -228,6 +228,37 @@ Status check_softmax_gradients(const char* op, const Backward& problem) {
   return {};
 }
 
+// Of rectangles and segments the contents are in the device's memory; whatever they are, they mean something.
+Status check_regions(const char* op, const Attention& problem) {
+  const auto& [sides, batch, count] = problem.rectangles;
+  if (count < 0 || count > Rectangles::kMost) {
+    return failure("%s: rectangles must be at most %d, got %lld", op, Rectangles::kMost, Long{count});
+  }
+  if (num_rows(problem) > 0 && count > 0 && sides == nullptr) {
+    return failure("%s: rectangles is needed and has no data", op);
+  }
+  const auto& [q, k] = problem.segments;
+  if (num_rows(problem) > 0 && problem.k.seq() > 0 && (q.ids == nullptr) != (k.ids == nullptr)) {
+    return failure("%s: segments must be of queries and of keys, got those of %s alone", op,
+                   k.ids == nullptr ? "queries" : "keys");
+  }
+  const struct {
+    const char* name;
+    std::int64_t batch;
+  } shared[] = {{"rectangles", batch}, {"segments_q", q.batch}, {"segments_k", k.batch}};
+  for (const auto& [name, entries] : shared) {
+    if (entries != 1 && entries != problem.q.batch()) {
+      return failure("%s: %s must be of 1 or %lld batch entries, got %lld", op, name, Long{problem.q.batch()},
+                     Long{entries});
+    }
+  }
+  if (problem.has_regions() && problem.modifier().exists()) {
+    return failure("%s: %s cannot be combined with %s yet", op, count > 0 ? "rectangles" : "segments",
+                   problem.softcap != 0.f ? "softcap" : "key_bias");
+  }
+  return {};
+}
+
 Status check_attention(const char* op, const Attention& problem) {
   if (Status status = check_inputs_and_output(op, problem); !status.ok()) {
     return status;
@@ -244,7 +275,7 @@ Status check_attention(const char* op, const Attention& problem) {
     return failure("%s: key_bias must be of 1 or %lld batch entries and 1 or %lld heads, got %lld and %lld", op,
                    Long{problem.q.batch()}, Long{problem.q.heads()}, Long{batch}, Long{heads});
   }
-  return {};
+  return check_regions(op, problem);
 }
 
 Status check_block_rows(const char* op, const char* name, const BlockRows& rows, std::int64_t num_rows, int width) {
@@ -482,6 +513,9 @@ Status validate(const VarlenAttention& problem) {
   if (attention.key_bias.bias != nullptr) {
     return failure("%s: there is no key_bias, give seqused_k or windows instead", op);
   }
+  if (attention.has_regions()) {
+    return failure("%s: there are no rectangles and no segments", op);
+  }
   if (sequences.count < 1 || sequences.count > kMaxSeq) {
     return failure("%s: there must be between 1 and 2^30 - 1 sequences, got %lld", op, Long{sequences.count});
   }
@@ -502,6 +536,9 @@ Status validate(const AttentionBackward& problem) {
   }
   if (problem.forward.modifier().exists()) {
     return failure("%s: there are no gradients with a softcap or a key_bias yet", op);
+  }
+  if (problem.forward.has_regions()) {
+    return failure("%s: there are no gradients with rectangles or segments yet", op);
   }
   return check_softmax_gradients(op, problem);
 }

@@ -68,4 +68,15 @@ inline SequenceBands bands_of(const VarlenAttention& problem) {
           sequences.seqused_k};
 }
 
+// `survey`: survey_bytes(…) for the segments of the problem, if it has any.
+inline Regions regions_of(const Attention& problem, void* survey) {
+  const Bands bands = bands_of(problem);
+  const auto& [num_q, num_k, left, right] = bands.of_all;
+  return {bands, problem.rectangles, problem.segments, survey_in(survey, problem.segments, num_q, num_k)};
+}
+
+inline std::size_t survey_bytes(const Attention& problem) {
+  return survey_bytes(problem.segments, problem.q.seq(), problem.k.seq());
+}
+
 }  // namespace fastattn

@@ -11,6 +11,7 @@
 #include "fastattn/operand/low_bit.hpp"
 #include "fastattn/schedule/block_list.hpp"
 #include "fastattn/schedule/neighborhood.hpp"
+#include "fastattn/schedule/regions.hpp"
 #include "fastattn/score/modifier.hpp"
 #include "fastattn/tensor_view.hpp"
 
@@ -82,11 +83,18 @@ struct Attention {
   float softcap = 0.f;           // scaled scores become softcap · tanh(score / softcap); 0: they stay. Forward only
   KeyBias key_bias = {};         // then these are added. Forward only
   const float* sinks = nullptr;  // [heads], in memory of the device: a logit in each row's sum; null: none
-  void* workspace = nullptr;     // kForwardWorkspace bytes
+  // Scores that are seen in addition to the window's, and segments of tokens, outside of which none is. Forward only,
+  // and without a softcap or a key_bias.
+  Rectangles rectangles = {};
+  Segments segments = {};
+  void* workspace = nullptr;  // attention_workspace(…) bytes, 8-byte aligned
 
   FASTATTN_HD ScoreModifier modifier() const { return {scale, softcap, key_bias}; }
+  bool has_regions() const { return rectangles.count > 0 || segments.exist(); }
 };
 
+std::size_t attention_workspace(const Attention& problem, const Threads& threads);
+std::size_t attention_workspace(const Attention& problem, Stream stream);
 Status attention(const Attention& problem, const Threads& threads);
 Status attention(const Attention& problem, Stream stream);
 

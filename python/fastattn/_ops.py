@@ -106,8 +106,8 @@ def _merge_into_batch(name: str, packet: Any) -> Callable[..., Any]:
     """vmap: a tensor of an op has its batch in front, so the new dimension becomes a part of that.
 
     A vector, such as a bias for each head, has no batch: it is the same for all, and cannot be mapped. Block lists,
-    permutations and biases of keys, which are int32 or bool or lack a dimension, may share one batch entry: it is
-    repeated.
+    permutations, rectangles, segments and biases of keys, which are int32 or bool or lack a dimension, may share one
+    batch entry: it is repeated.
     """
 
     def rule(info: Any, in_dims: tuple[int | None, ...], *tensors: Any, **options: Any) -> Any:

@@ -14,6 +14,9 @@ UNBOUNDED = -1
 Window = tuple[int | Tensor, int | Tensor]
 """Its left and its right side, for all heads or for each, int32 ``[heads]``."""
 
+SegmentIds = Tensor | tuple[Tensor, Tensor]
+"""Of queries and keys, int32 ``[batch or 1, seq_q]`` and ``[batch or 1, seq_k]``; one tensor is of both."""
+
 
 @overload
 def attention(
@@ -27,6 +30,8 @@ def attention(
     softcap: float | None = ...,
     key_bias: Tensor | None = ...,
     sinks: Tensor | None = ...,
+    rectangles: Tensor | None = ...,
+    segment_ids: SegmentIds | None = ...,
     return_lse: Literal[False] = ...,
 ) -> Tensor: ...
 
@@ -43,6 +48,8 @@ def attention(
     softcap: float | None = ...,
     key_bias: Tensor | None = ...,
     sinks: Tensor | None = ...,
+    rectangles: Tensor | None = ...,
+    segment_ids: SegmentIds | None = ...,
     return_lse: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...
 
@@ -58,13 +65,16 @@ def attention(
     softcap: float | None = None,
     key_bias: Tensor | None = None,
     sinks: Tensor | None = None,
+    rectangles: Tensor | None = None,
+    segment_ids: SegmentIds | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     r"""Softmax attention, ``softmax(scale · q kᵀ) v``, computed tile by tile and never stored as a matrix.
 
     Query ``i`` sees key ``j`` when ``-left <= j - (i + seq_k - seq_q) <= right``: the band is aligned with the
-    bottom-right corner, so that the last query sees the last key. A query that sees no key gets an output of 0, an LSE
-    of -inf and gradients of 0. Sums are kept in float32 whatever the dtype.
+    bottom-right corner, so that the last query sees the last key. It also sees the keys of each of the ``rectangles``
+    that it is in, and of all these only those with its own ``segment_ids``. A query that sees no key gets an output of
+    0, an LSE of -inf and gradients of 0. Sums are kept in float32 whatever the dtype.
 
     The algorithm is FlashAttention-2 (Dao, 2023, arXiv 2307.08691); on Hopper with the asynchronous tile pipeline of
     FlashAttention-3 (Shah et al., 2024, arXiv 2407.08608).
@@ -86,16 +96,26 @@ def attention(
             key from all queries: a padding mask.
         sinks: float32 ``[heads]``: a logit in the sum of each row of a head, to which no value belongs (gpt-oss, arXiv
             2508.10925). It is a part of the log-sum-exp.
+        rectangles: int32 ``[batch or 1, 1 to 4, 4]``, rows ``(row_begin, row_end, key_begin, key_end)``, half open, on
+            the device of ``q``: scores that are seen beside the band, such as those within an image or a prefix of a
+            causal prompt. What reaches outside the scores is cut off; one whose end is not behind its beginning is
+            empty.
+        segment_ids: int32 ``[batch or 1, seq_q]`` and ``[batch or 1, seq_k]``, or one tensor for both where the lengths
+            are equal, on the device of ``q``: a query sees only keys whose id is its own, in the band and in rectangles
+            alike. Ids may come in any order; segments that are not cut into pieces are fast, for whole tiles are left
+            out.
         return_lse: return the log-sum-exp of each row as well.
 
     Returns:
         The output, ``[batch, seq_q, heads, head_dim of v]``, contiguous, in the dtype of ``q``; with ``return_lse``
         that and the natural log-sum-exp of the scaled, masked scores, float32 ``[batch, heads, seq_q]``. Both are
-        differentiable in q, k, v and sinks, but not yet with a softcap or a key bias. Second derivatives are not
-        available.
+        differentiable in q, k, v and sinks, but not yet with a softcap, a key bias, rectangles or segments. Second
+        derivatives are not available.
 
     Raises:
-        RuntimeError: for an argument that cannot be run. The message names the argument, what came and what is allowed.
+        RuntimeError: for an argument that cannot be run; rectangles and segments cannot be combined with a softcap or a
+            key bias yet. The message names the argument, what came and what is allowed.
+        ValueError: for a softcap that is not positive, and segment ids that are not of queries and keys.
 
     Example:
         >>> q, k, v = torch.randn(3, 2, 128, 8, 64).unbind()
@@ -105,8 +125,12 @@ def attention(
     of_all, left, right = windows_of(window)
     if softcap is not None and not softcap > 0:
         raise ValueError(f"attention: softcap must be positive, or None, got {softcap}")
+    segments = (segment_ids, segment_ids) if segment_ids is None or isinstance(segment_ids, Tensor) else segment_ids
+    if len(segments) != 2:
+        raise ValueError(f"attention: segment_ids must be those of queries and of keys, got {len(segments)} tensors")
+    masks = (left, right, rectangles, *segments)
     out, lse = torch.ops.fastattn.attention(
-        q, k, v, sinks, key_bias, left, right, scale=scale, causal=causal, window=of_all, softcap=softcap or 0.0
+        q, k, v, sinks, key_bias, *masks, scale=scale, causal=causal, window=of_all, softcap=softcap or 0.0
     )
     return (out, lse) if return_lse else out
 
@@ -148,6 +172,7 @@ def forward_flops(
     window: Sequence[int] | None = None,
     **_: Any,
 ) -> int:
+    """Of the band: what rectangles add and segments take is written in data, which is not read."""
     batch, seq_q, heads, head_dim = q
     return 2 * batch * heads * (head_dim + v[3]) * kept_scores(seq_q, k[1], causal, window)
 
@@ -188,11 +213,13 @@ def save_inputs_and_outputs(
 
 def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
     if dout is None and dlse is None:
-        return (None,) * 7
-    q, k, v, sinks, key_bias, left, right, out, lse = ctx.saved_tensors
+        return (None,) * 10
+    q, k, v, sinks, key_bias, left, right, rectangles, segments_q, _segments_k, out, lse = ctx.saved_tensors
     options = dict(ctx.options)
     if options.pop("softcap") or key_bias is not None:
         raise NotImplementedError("fastattn::attention has no gradient with softcap or key_bias yet")
+    if rectangles is not None or segments_q is not None:
+        raise NotImplementedError("fastattn::attention has no gradient with rectangles or segment_ids yet")
     if v.shape[3] != q.shape[3]:
         raise NotImplementedError(
             f"fastattn::attention has no gradient where v has another head_dim than q yet, got {v.shape[3]} and "
@@ -200,7 +227,7 @@ def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tenso
         )
     dout = torch.zeros_like(out) if dout is None else dout
     dq, dk, dv = torch.ops.fastattn.attention_backward(dout, dlse, q, k, v, out, lse, left, right, **options)
-    return dq, dk, dv, _sinks_gradient(dout, dlse, sinks, out, lse), None, None, None
+    return dq, dk, dv, _sinks_gradient(dout, dlse, sinks, out, lse), *(None,) * 6
 
 
 def _sinks_gradient(dout: Tensor, dlse: Tensor | None, sinks: Tensor | None, out: Tensor, lse: Tensor) -> Tensor | None:
@@ -215,12 +242,13 @@ def _sinks_gradient(dout: Tensor, dlse: Tensor | None, sinks: Tensor | None, out
 
 _BAND = "float? scale=None, bool causal=False, int[]? window=None"
 _HEAD_WINDOWS = "Tensor? window_left=None, Tensor? window_right=None"
+_REGIONS = "Tensor? rectangles=None, Tensor? segments_q=None, Tensor? segments_k=None"
 
 register(
     Op(
         name="attention",
-        schema=f"(Tensor q, Tensor k, Tensor v, Tensor? sinks=None, Tensor? key_bias=None, {_HEAD_WINDOWS}, *, "
-        f"{_BAND}, float softcap=0.0) -> (Tensor out, Tensor lse)",
+        schema=f"(Tensor q, Tensor k, Tensor v, Tensor? sinks=None, Tensor? key_bias=None, {_HEAD_WINDOWS}, {_REGIONS}, "
+        f"*, {_BAND}, float softcap=0.0) -> (Tensor out, Tensor lse)",
         fake=forward_fake,
         flops=forward_flops,
         setup_context=save_inputs_and_outputs,

@@ -31,6 +31,27 @@ def band_mask(
     return keep & (offset <= 0) if causal else keep
 
 
+def regions_mask(
+    band: Tensor, rectangles: Tensor | None = None, segment_ids: Tensor | tuple[Tensor, Tensor] | None = None
+) -> Tensor:
+    """Which key each query sees in a band, bool ``[(heads,) seq_q, seq_k]``, beside it in rectangles, and in segments.
+
+    bool ``[batch or 1, heads or 1, seq_q, seq_k]``.
+    """
+    seq_q, seq_k = band.shape[-2:]
+    keep = band[None] if band.dim() == 3 else band[None, None]
+    if rectangles is not None:
+        query = torch.arange(seq_q, device=band.device)[None, :, None]
+        key = torch.arange(seq_k, device=band.device)[None, None, :]
+        for row_begin, row_end, key_begin, key_end in rectangles.permute(1, 2, 0)[..., None, None]:
+            inside = (row_begin <= query) & (query < row_end) & (key_begin <= key) & (key < key_end)
+            keep = keep | inside[:, None]
+    if segment_ids is not None:
+        of_queries, of_keys = (segment_ids, segment_ids) if isinstance(segment_ids, Tensor) else segment_ids
+        keep = keep & (of_queries[:, None, :, None] == of_keys[:, None, None, :])
+    return keep
+
+
 def _of_heads(side: int | Tensor) -> Tensor:
     return side[:, None, None] if isinstance(side, Tensor) else torch.tensor(side)
 
@@ -43,10 +64,14 @@ def attention(
     scale: float | None = None,
     causal: bool = False,
     window: tuple[int | Tensor, int | Tensor] | None = None,
+    rectangles: Tensor | None = None,
+    segment_ids: Tensor | tuple[Tensor, Tensor] | None = None,
     **options: Any,
 ) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp of ``fastattn.attention``, in the dtype of ``q``; autograd differentiates it."""
     keep = band_mask(q.shape[1], k.shape[1], causal=causal, window=window, device=q.device)
+    if rectangles is not None or segment_ids is not None:
+        keep = regions_mask(keep, rectangles, segment_ids)
     return masked_attention(q, k, v, keep, scale=scale, **options)
 
 
