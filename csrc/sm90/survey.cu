@@ -11,9 +11,7 @@ namespace {
 constexpr int kSurveyThreads = 256, kSurveyWarps = kSurveyThreads / 32;
 
 // Which of all warps this is.
-__device__ std::int64_t survey_warp() {
-  return std::int64_t{blockIdx.x} * kSurveyWarps + threadIdx.x / 32;
-}
+__device__ std::int64_t survey_warp() { return std::int64_t{blockIdx.x} * kSurveyWarps + threadIdx.x / 32; }
 
 __device__ IdRange range_of_group(const std::int32_t* ids, std::int64_t group, std::int64_t tokens) {
   static_assert(kSurveyedTokens == 64);
@@ -49,7 +47,8 @@ __global__ void __launch_bounds__(kSurveyThreads) reach_kernel(const __grid_cons
     return;
   }
   const int batch = static_cast<int>(index / q_groups);
-  const IdRange queries = regions.survey.q[Regions::entry(regions.segments.q.batch, batch, q_groups) + index % q_groups];
+  const IdRange queries =
+      regions.survey.q[Regions::entry(regions.segments.q.batch, batch, q_groups) + index % q_groups];
   const IdRange* const keys = regions.survey.k + Regions::entry(regions.segments.k.batch, batch, k_groups);
   Interval reach = kNoReach;
   for (int group = threadIdx.x % 32; group < k_groups; group += 32) {
@@ -68,8 +67,8 @@ __global__ void __launch_bounds__(kSurveyThreads) reach_kernel(const __grid_cons
 Status survey_segments(const Regions& regions, Stream stream) {
   const Region slots = regions.slots();
   const std::int64_t reaches = regions.survey.reach_batch * num_surveyed(slots.num_q);
-  const std::int64_t ranges = regions.segments.q.batch * num_surveyed(slots.num_q) +
-                              regions.segments.k.batch * num_surveyed(slots.num_k);
+  const std::int64_t ranges =
+      regions.segments.q.batch * num_surveyed(slots.num_q) + regions.segments.k.batch * num_surveyed(slots.num_k);
   const auto blocks = [](std::int64_t warps) { return ceil_div<std::int64_t>(warps, kSurveyWarps); };
   const Status status = launch(range_kernel, blocks(ranges), kSurveyThreads, 0, stream, regions);
   return status.ok() ? launch(reach_kernel, blocks(reaches), kSurveyThreads, 0, stream, regions) : status;

@@ -14,8 +14,8 @@
 
 namespace fastattn {
 
-// [batch or 1, count, 4], in memory of the device: of each the first query, the end of its queries, the first key and the
-// end of its keys. It may reach outside the tensor, and is empty where an end is not behind its beginning.
+// [batch or 1, count, 4], in memory of the device: of each the first query, the end of its queries, the first key and
+// the end of its keys. It may reach outside the tensor, and is empty where an end is not behind its beginning.
 struct Rectangles {
   const std::int32_t* sides = nullptr;
   std::int64_t batch = 1, count = 0;
@@ -50,9 +50,7 @@ FASTATTN_HD constexpr Int num_surveyed(Int tokens) {
 struct alignas(8) IdRange {
   std::int32_t least, greatest;
 
-  FASTATTN_HD constexpr bool meets(IdRange other) const {
-    return least <= other.greatest && other.least <= greatest;
-  }
+  FASTATTN_HD constexpr bool meets(IdRange other) const { return least <= other.greatest && other.least <= greatest; }
   FASTATTN_HD constexpr IdRange joined(IdRange other) const {
     return {min_of(least, other.least), max_of(greatest, other.greatest)};
   }
