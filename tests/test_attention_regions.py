@@ -288,7 +288,10 @@ IDS = torch.zeros(2, 60, dtype=torch.int32), torch.zeros(1, 70, dtype=torch.int3
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"rectangles": PREFIX[0]}, r"rectangles must be Int \[batch or 1, 1 to 4, 4\] = \[1, 4, 4\], got Int \[1, 4\]"),
+        (
+            {"rectangles": PREFIX[0]},
+            r"rectangles must be Int \[batch or 1, 1 to 4, 4\] = \[1, 4, 4\], got Int \[1, 4\]",
+        ),
         ({"rectangles": torch.zeros(2, 5, 4).int()}, r"rectangles must be .* = \[2, 4, 4\], got Int \[2, 5, 4\]"),
         ({"rectangles": torch.zeros(1, 0, 4).int()}, r"rectangles must be .* = \[1, 1, 4\], got Int \[1, 0, 4\]"),
         ({"rectangles": torch.zeros(1, 2, 3).int()}, r"rectangles must be .* = \[1, 2, 4\], got Int \[1, 2, 3\]"),

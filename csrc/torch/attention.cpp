@@ -21,8 +21,8 @@ Rectangles rectangles_of(const Call<Place>& call, std::optional<Tensor>& tensor,
   }
   const std::int64_t batch = entries_of(*tensor, q), most = Rectangles::kMost;
   const std::int64_t count = tensor->dim() > 1 ? std::clamp<std::int64_t>(tensor->sizes()[1], 1, most) : most;
-  tensor = call.array("rectangles", *tensor, ScalarType::Int, "[batch or 1, 1 to 4, 4]",
-                      {batch, count, Rectangles::kSides});
+  tensor =
+      call.array("rectangles", *tensor, ScalarType::Int, "[batch or 1, 1 to 4, 4]", {batch, count, Rectangles::kSides});
   return {tensor->template const_data_ptr<std::int32_t>(), batch, count};
 }
 

@@ -247,8 +247,8 @@ _REGIONS = "Tensor? rectangles=None, Tensor? segments_q=None, Tensor? segments_k
 register(
     Op(
         name="attention",
-        schema=f"(Tensor q, Tensor k, Tensor v, Tensor? sinks=None, Tensor? key_bias=None, {_HEAD_WINDOWS}, {_REGIONS}, "
-        f"*, {_BAND}, float softcap=0.0) -> (Tensor out, Tensor lse)",
+        schema=f"(Tensor q, Tensor k, Tensor v, Tensor? sinks=None, Tensor? key_bias=None, {_HEAD_WINDOWS}, "
+        f"{_REGIONS}, *, {_BAND}, float softcap=0.0) -> (Tensor out, Tensor lse)",
         fake=forward_fake,
         flops=forward_flops,
         setup_context=save_inputs_and_outputs,
