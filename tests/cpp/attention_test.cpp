@@ -7,6 +7,7 @@
 #include "attention_problem.hpp"
 #include "check.hpp"
 #include "cpu/kernels.hpp"
+#include "fastattn/cpu/survey.hpp"
 #include "ops/validate.hpp"
 
 using namespace fastattn;
@@ -234,6 +235,52 @@ const Test optional("attention: lse and dlse may be absent", [] {
   const std::vector<double> out = p.out.values();
   p.description.forward.lse = nullptr;
   check(attention(p.description.forward, StdThreads{}).ok() && p.out.values() == out, "no lse, same output");
+});
+
+// Tokens [first, first + count).
+TensorView part(const TensorView& view, std::int64_t first, std::int64_t count) {
+  TensorView tokens = view;
+  tokens.data = view.row<float>(0, first, 0);
+  tokens.shape[1] = count;
+  return tokens;
+}
+
+const Test regions("attention: a segment is a sequence of its own, and a rectangle of all scores leaves no mask", [] {
+  constexpr std::int64_t kSeq = 300, kFirst = 130;
+  const std::int32_t all[] = {0, kSeq, 0, kSeq};
+  std::vector<std::int32_t> ids(kSeq);
+  for (std::int64_t i = kFirst; i < kSeq; ++i) {
+    ids[static_cast<std::size_t>(i)] = 1;
+  }
+  for (const Kernels& kernels : available_kernels()) {
+    AttentionProblem p({1, kSeq, kSeq, 2, 1, 24}, DType::kFloat32, kCausal);
+    Attention whole = p.description.forward;
+    whole.segments = {{ids.data()}, {ids.data()}};
+    std::vector<std::uint64_t> workspace(attention_workspace(whole, StdThreads{}) / sizeof(std::uint64_t));
+    const Regions packed = regions_of(whole, workspace.data());
+    cpu::survey_segments(packed, StdThreads{2});
+    kernels.table->forward_in_regions(whole, packed, StdThreads{2});
+    const std::vector<double> together = p.out.values();
+    for (const auto& [first, count] : {std::pair{std::int64_t{0}, kFirst}, {kFirst, kSeq - kFirst}}) {
+      Attention alone = p.description.forward;
+      for (TensorView* view : {&alone.q, &alone.k, &alone.v, &alone.out}) {
+        *view = part(*view, first, count);
+      }
+      alone.lse = nullptr;
+      kernels.table->forward(alone, bands_of(alone), StdThreads{2});
+    }
+    const double error = relative_error(together, p.out.values());
+    check(error <= 2e-6, std::string(kernels.name) + ": segments are off by " + std::to_string(error * 1e6) + "e-6");
+
+    Attention dense = p.description.forward;
+    dense.window = {};
+    kernels.table->forward(dense, bands_of(dense), StdThreads{2});
+    const std::vector<double> out = p.out.values(), lse = doubles(p.lse);
+    dense.window = kCausal;
+    dense.rectangles = {all, 1, 1};
+    kernels.table->forward_in_regions(dense, regions_of(dense, nullptr), StdThreads{2});
+    check(p.out.values() == out && doubles(p.lse) == lse, std::string(kernels.name) + ": bitwise as without a mask");
+  }
 });
 
 const Test streams("attention: a library without CUDA says so", [] {

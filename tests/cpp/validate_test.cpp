@@ -75,6 +75,34 @@ const Test backward("validate: what the backward refuses as well", [] {
   refuse_backward([](auto& p) { p.workspace = nullptr; }, "workspace has no data");
 });
 
+const Test regions("validate: rectangles and segments", [] {
+  static constexpr std::int32_t kValues[4 * 5 * 2] = {};
+  const auto refuse = [](void (*edit)(Attention&), const char* message) {
+    AttentionProblem p({2, 10, 12, 4, 2, 16}, DType::kFloat32, {});
+    edit(p.description.forward);
+    p.description.forward.workspace = nullptr;
+    const std::string got = attention(p.description.forward, StdThreads{}).message;
+    check(got == std::string("attention: ") + message, "got '" + got + "'");
+  };
+  refuse([](auto& p) { p.rectangles = {kValues, 1, 5}; }, "rectangles must be at most 4, got 5");
+  refuse([](auto& p) { p.rectangles = {kValues, 1, -1}; }, "rectangles must be at most 4, got -1");
+  refuse([](auto& p) { p.rectangles = {nullptr, 1, 2}; }, "rectangles is needed and has no data");
+  refuse([](auto& p) { p.rectangles = {kValues, 3, 1}; }, "rectangles must be of 1 or 2 batch entries, got 3");
+  refuse([](auto& p) { p.segments.q = {kValues}; },
+         "segments must be of queries and of keys, got those of queries alone");
+  refuse([](auto& p) { p.segments.k = {kValues}; }, "segments must be of queries and of keys, got those of keys alone");
+  refuse([](auto& p) { p.segments = {{kValues}, {kValues, 0}}; }, "segments_k must be of 1 or 2 batch entries, got 0");
+  refuse([](auto& p) { p.segments = {{kValues}, {kValues}}; }, "workspace has no data");
+  refuse(
+      [](auto& p) {
+        p.segments = {{kValues}, {kValues}};
+        p.softcap = 2.f;
+      },
+      "segments cannot be combined with softcap yet");
+  refuse_backward([](auto& p) { p.forward.rectangles = {kValues, 1, 1}; },
+                  "there are no gradients with rectangles or segments yet");
+});
+
 const Test longest("validate: the longest window and unbounded sides are the same", [] {
   AttentionProblem bounded({1, 30, 20, 1, 1, 8}, DType::kFloat32, {INT64_MAX, INT64_MAX});
   AttentionProblem unbounded({1, 30, 20, 1, 1, 8}, DType::kFloat32, {});

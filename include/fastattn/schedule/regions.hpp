@@ -320,6 +320,7 @@ FASTATTN_HD constexpr Region::Cursor Region::runs(int q_tile, TileShape shape) c
 
 // Those of all heads.
 struct Regions {
+  static constexpr bool kInMemory = true;
   Bands bands;
   Rectangles rectangles;
   Segments segments;

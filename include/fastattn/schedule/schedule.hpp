@@ -82,7 +82,8 @@ concept TileSchedule =
       { schedule.runs(q, shape) } -> RunCursor;        // key tiles of query tile q
       // keeps() inside one partial tile that runs() yields with these cells, tile_mask(q_tile, k_tile, shape, cells):
       // slots are counted from the tile's first, and what the scores of a tile or of a row have in common is found
-      // once. It reads no memory: on a GPU every thread asks for it between two products. Lane bits are of at most 128
+      // once. On a GPU every thread asks for it between two products, so it reads no memory, but for a schedule whose
+      // mask is data, such as the ids of segments: then only in tiles whose cells say so. Lane bits are of at most 128
       // keys.
       { schedule.tile_mask(q, k, shape, cells).row(q).keeps(k) } -> std::same_as<bool>;
       { schedule.tile_mask(q, k, shape, cells).row(q).lane_bits(k) } -> std::same_as<std::uint32_t>;
