@@ -108,9 +108,12 @@ struct Region {
     FASTATTN_HD constexpr bool keeps(int k) const {
       bool is_seen = false;
       for (const Interval& interval : seen) {
-        is_seen = is_seen || interval.contains(k);
+        is_seen |= interval.contains(k);
       }
-      return is_seen && (key_ids == nullptr || key_ids[k] == id);
+      if (key_ids == nullptr) {
+        return is_seen;  // without a read or a branch: a CPU tests a vector of scores at a time
+      }
+      return is_seen && key_ids[k] == id;
     }
     FASTATTN_HD constexpr std::uint32_t lane_bits(int first) const {
       std::uint32_t bits = 0;
