@@ -46,7 +46,8 @@ struct ModifiedForward : Forward<Element, Bands> {
 
 // Of rectangles and segments: few tiles, for what a mask costs depends on what is in it.
 template <class Element>
-struct RegionForward : Forward<Element, Regions> {
+struct RegionForward : SoftmaxOver<Element, Regions> {
+  using Score = WithSinks<SoftmaxBy<float, WeightsOf<Element>>>;
   static constexpr sm90::Config kForward[] = {
       {.head_dim = 64, .tile = {128, 128}, .stages = 2, .warpgroups = 2},
       {.head_dim = 128, .tile = {128, 128}, .stages = 2, .warpgroups = 2},
