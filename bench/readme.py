@@ -11,6 +11,8 @@ from typing import Annotated, Any
 
 import typer
 
+from . import call_overhead
+from .attention import AttentionCase
 from .ops import OPS
 from .records import RESULTS, Record, of_bound, read
 
@@ -93,7 +95,31 @@ def figures() -> str:
             parts.append(f"## `{op}`")
             heading = op
         parts.append(table(records))
+    overheads = [records for path in sorted(RESULTS.glob(f"{call_overhead.NAME}.*.json")) if (records := read(path))]
+    if overheads:
+        meanings = "; ".join(f"{name}: {meaning}" for name, meaning in call_overhead.PARTS.items())
+        parts += [
+            "## Call overhead",
+            f"Microseconds of the CPU's time a call. {meanings}.",
+            *map(overhead_table, overheads),
+        ]
     return "\n\n".join(parts) + "\n"
+
+
+def overhead_table(records: list[Record]) -> str:
+    """One machine: a row for each mode."""
+    names = list(dict.fromkeys(name for record in records for name in record["times_us"]))
+    lines = [
+        f"**{machine_line(records)}**",
+        "",
+        f"| case | dtype | mode | {' | '.join(names)} |",
+        f"|---|---|---{'|--:' * len(names)}|",
+    ]
+    for record in records:
+        times = [f"{record['times_us'][name]:.3g}" if name in record["times_us"] else "–" for name in names]
+        case = AttentionCase.parse(record["case"]).described
+        lines.append(f"| {case} | {record['dtype']} | {record['mode']} | {' | '.join(times)} |")
+    return "\n".join(lines)
 
 
 def table(records: list[Record]) -> str:

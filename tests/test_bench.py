@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import typer
-from bench import estimate_blocks, readme, records
+from bench import call_overhead, estimate_blocks, readme, records
 from bench import quantize_tokens as quantize_bench
 from bench.__main__ import Measurement, chosen_cases, measure
 from bench.attention import BandCase
@@ -181,3 +181,22 @@ def test_the_steps_of_sale_are_timed() -> None:
     assert 0 < listed <= 1
     assert len(times) == 4
     assert min(times.values()) > 0
+
+
+def test_the_cost_of_a_call_is_recorded_and_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(records, "machine", lambda device: MACHINE)
+    monkeypatch.setattr(records, "commit", lambda: "a commit")
+    monkeypatch.setattr(call_overhead, "CALLS", 2)
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+    for _ in range(2):
+        call_overhead.main("cpu", seconds=0, output=tmp_path)
+    written = records.read(tmp_path / "call_overhead.cpu.json")
+    assert [record["mode"] for record in written] == list(call_overhead.MODES)
+    for record in written:
+        assert set(record["times_us"]) == {"fastattn", "sdpa", *call_overhead.PARTS}
+        assert min(record["times_us"].values()) > 0
+    monkeypatch.setattr(readme, "RESULTS", tmp_path)
+    shown = readme.figures()
+    assert "Call overhead" in shown
+    assert all(f"| {mode} | " in shown for mode in call_overhead.MODES)
+    assert readme.summary() == "Not measured yet."

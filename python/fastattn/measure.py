@@ -23,10 +23,14 @@ SCORES_AT_ONCE = 1 << 24
 
 
 def interleaved_times(
-    calls: Mapping[str, Call], device: torch.device, seconds: float, fewest_rounds: int = 5
+    calls: Mapping[str, Call],
+    device: torch.device,
+    seconds: float,
+    fewest_rounds: int = 5,
+    clock: Callable[[Call], float] | None = None,
 ) -> dict[str, float]:
-    """Median microseconds of each call. Rounds go on for about `seconds`, and are at least `fewest_rounds`."""
-    clock = _cuda_clock() if device.type == "cuda" else _cpu_clock
+    """Median microseconds of each call, or of what `clock` tells. Rounds go on for about `seconds`."""
+    clock = clock or (_cuda_clock() if device.type == "cuda" else _cpu_clock)
     for call in calls.values():
         call()
     names = list(calls)
