@@ -1,6 +1,6 @@
-"""python -m bench.readme: writes what the records say: all of it beside them, in sum into README.md.
+"""python -m bench.readme: writes what the records say: all of it beside them, in sum and in a chart into README.md.
 
-With --check, tells if either is stale.
+With --check, tells if one of them is stale.
 """
 
 from collections.abc import Iterator
@@ -11,27 +11,29 @@ from typing import Annotated, Any
 
 import typer
 
-from . import call_overhead
+from . import call_overhead, chart
 from .attention import AttentionCase
 from .ops import OPS
 from .records import RESULTS, Record, of_bound, read
 
 README = Path(__file__).parent.parent / "README.md"
 FIGURES = RESULTS / "README.md"
+CHART = RESULTS / "attention.svg"
 BEGIN = "<!-- measured figures: written by `python -m bench.readme` from bench/results -->"
 END = "<!-- end of measured figures -->"
 
 
 def is_current() -> bool:
     text = README.read_text()
-    return rendered(text) == text and FIGURES.read_text() == figures()
+    return rendered(text) == text and FIGURES.read_text() == figures() and chart.newest().is_drawn_in(CHART)
 
 
 def rendered(readme: str) -> str:
-    """README's text with the sums between the markers written anew."""
+    """README's text with what stands between the markers written anew."""
     head, rest = readme.split(BEGIN)
     _, tail = rest.split(END)
-    return f"{head}{BEGIN}\n\n{summary()}\n\n{END}{tail}"
+    picture = f"![{chart.newest().title}]({CHART.relative_to(README.parent)})"
+    return f"{head}{BEGIN}\n\n{summary()}\n\n{picture}\n\n{END}{tail}"
 
 
 def all_records() -> Iterator[tuple[str, list[Record]]]:
@@ -174,12 +176,13 @@ def result_cells(record: Record | None, with_speedup: bool) -> list[str]:
 
 
 def main(check: Annotated[bool, typer.Option(help="Write nothing; exit 1 if one is stale.")] = False) -> None:
-    """Write the measured figures into README.md and bench/results/README.md."""
+    """Write the measured figures into README.md and bench/results/README.md, and draw their chart (with matplotlib)."""
     if not check:
         README.write_text(rendered(README.read_text()))
         FIGURES.write_text(figures())
+        chart.draw(chart.newest(), CHART)
     elif not is_current():
-        typer.echo("README.md or bench/results/README.md is stale: run `python -m bench.readme`", err=True)
+        typer.echo("README.md or what is in bench/results is stale: run `python -m bench.readme`", err=True)
         raise typer.Exit(1)
 
 

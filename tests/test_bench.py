@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import typer
-from bench import call_overhead, estimate_blocks, readme, records
+from bench import call_overhead, chart, estimate_blocks, readme, records
 from bench import quantize_tokens as quantize_bench
 from bench.__main__ import Measurement, chosen_cases, measure
 from bench.attention import BandCase
@@ -152,6 +152,24 @@ def test_a_failing_peer_is_reported_and_costs_the_others_nothing() -> None:
 
 def test_readme_shows_the_records() -> None:
     assert readme.is_current(), "run `python -m bench.readme`"
+
+
+def test_the_chart_shows_what_was_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = {"case": "b4_s4096_h32_d64_causal", "dtype": "bf16", "tflops": 400.0, "machine": {"gpu": "NVIDIA H100"}}
+    forward = {**case, "mode": "fwd", "time_us": 100.0, "against": {"fa4": 125.0, "another": 1.0}}
+    backward = {**case, "mode": "bwd", "time_us": 10.0, "against": {}}
+    monkeypatch.setattr(chart, "RESULTS", tmp_path)
+    records.merge(tmp_path / "attention.h100.json", [forward, backward])
+    shown, drawings = chart.newest(), [tmp_path / "chart.svg", tmp_path / "again" / "chart.svg"]
+    assert "forward, head_dim 64, 4k causal: fastattn 400, fa4 320; backward" in shown.text
+    drawings[1].parent.mkdir()
+    for drawing in drawings:
+        assert not shown.is_drawn_in(drawing)
+        chart.draw(shown, drawing)
+        assert shown.is_drawn_in(drawing)
+    assert drawings[0].read_bytes() == drawings[1].read_bytes()
+    records.merge(tmp_path / "attention.h100.json", [{**forward, "tflops": 401.0}])
+    assert not chart.newest().is_drawn_in(drawings[0])
 
 
 def test_a_summary_is_of_peers() -> None:
