@@ -164,6 +164,53 @@ def test_a_far_softcap_changes_nothing_and_a_near_one_bounds(device, dtype) -> N
     assert ((near - math.log(120)).abs() < 0.01 + 1e-4).all()
 
 
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize(
+    "scores",
+    [
+        pytest.param([0.98, 0.99], id="below the cap"),
+        pytest.param([1.0, 1.01], id="above the cap"),
+        pytest.param([0.99, 1.01], id="around the cap"),
+        pytest.param([0.0, 0.01, 0.3, 0.999, 1.0, 1.001, 3.0, 50.0, 6e4], id="of any size"),
+    ],
+)
+def test_scores_around_the_cap(scores: list[float], head_dim: int, device, dtype) -> None:
+    """Where a GPU takes another way to the hyperbolic tangent, for some of a tile or for all of it."""
+    cap = 8.0
+    q = torch.zeros(1, 130, 1, head_dim, device=device, dtype=dtype)
+    k, v = torch.zeros(1, 300, 1, head_dim, device=device, dtype=dtype), torch.randn(1, 300, 1, head_dim, device=device)
+    q[..., 0], q[0, 100:, 0, 0] = 1, -1
+    choice = torch.randint(len(scores), (300,), generator=torch.Generator().manual_seed(0))
+    k[0, :, 0, 0] = (torch.tensor(scores)[choice] * (cap if scores[-1] < 6e4 else 1)).to(device, dtype)
+    v = v.to(dtype)
+    out, lse = fastattn.attention(q, k, v, scale=1.0, softcap=cap, return_lse=True)
+    exact, exact_lse = reference.attention(q.double(), k.double(), v.double(), scale=1.0, softcap=cap)
+    assert relative_error(out, exact) < (1e-5 if dtype == torch.float32 else 1e-2)
+    torch.testing.assert_close(lse.double(), exact_lse, atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("softcap", [1e-3, 1e-20, 1e-40])
+def test_a_cap_near_0_makes_all_weights_equal(softcap: float, device, dtype) -> None:
+    q, k, v = Case(100, 200).inputs(device, dtype)
+    k[:, ::3] = 0
+    out, lse = fastattn.attention(q, k, v, softcap=softcap, return_lse=True)
+    assert relative_error(out, v.double().mean(1, keepdim=True).expand_as(out)) < 1e-2
+    assert ((lse - math.log(200)).abs() <= softcap + 1e-5).all()
+
+
+@pytest.mark.parametrize("size", [1e-2, 1e2])
+def test_a_key_that_is_no_number_shows(size: float, device, dtype) -> None:
+    """Whichever way the scores beside its own take."""
+    q, k, v = Case(100, 200).inputs(device, dtype)
+    q, k = q * size, k.clone()
+    k[:, 150, :, 0] = math.nan
+    out, lse = fastattn.attention(q, k, v, softcap=5.0, causal=True, return_lse=True)
+    seen = torch.arange(100, device=device) >= 50
+    assert out[:, seen].isnan().all()
+    assert out[:, ~seen].isfinite().all()
+    assert lse[..., ~seen].isfinite().all()
+
+
 def test_large_scores_and_biases_do_not_overflow(device, dtype) -> None:
     q, k, v = Case(100, 300, scale=30.0).inputs(device, dtype)
     bias = 1e4 * torch.randn(1, 4, 300, device=device)

@@ -47,13 +47,14 @@ __device__ inline KeptBits kept_bits(const TileMask& mask, int first_row, Accumu
 template <class Function, class Replace>
 __device__ inline auto apply_to_scores(Replace&& replace) {
   if constexpr (HasShortcut<Function>) {
-    int signs = -1;
+    constexpr ArgumentBit kShortcut = Function::kShortcut;
+    std::uint32_t others = 0;  // the bits that differ from it in some argument: three operands are one instruction
     replace([&](const Function& function, float score) {
       const float argument = function.argument(score);
-      signs &= __float_as_int(argument);
+      others |= kShortcut.value ? ~__float_as_uint(argument) : __float_as_uint(argument);
       return argument;
     });
-    if (__all_sync(0xffffffffu, signs < 0)) {
+    if (__all_sync(0xffffffffu, (others >> kShortcut.index & 1) == 0)) {
       return replace([](const Function& function, float argument) { return function.shortcut(argument); });
     }
     return replace([](const Function& function, float argument) { return function.general(argument); });

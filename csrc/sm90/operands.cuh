@@ -59,6 +59,23 @@ struct ScaledRows {
   }
 };
 
+// Scales products and adds the terms of their columns, which leaves nothing to scale.
+template <int kCount, int kKeys>
+__device__ inline void add_terms(float (&product)[kCount], float (&scale)[2], const TermTile<kKeys>& tile,
+                                 AccumulatorThread at) {
+#pragma unroll
+  for (int j = 0; j < kCount / 4; ++j) {
+    const float2 terms = *reinterpret_cast<const float2*>(&tile.term[at.column(j)]);
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      float* const pair = &product[4 * j + 2 * h];
+      pair[0] = fused_multiply_add(pair[0], scale[h], terms.x * kLog2E);
+      pair[1] = fused_multiply_add(pair[1], scale[h], terms.y * kLog2E);
+    }
+  }
+  scale[0] = scale[1] = 1.f;
+}
+
 // Queries, keys and values of one 16-bit type, as they are.
 template <class Element>
 struct PlainOperands {
@@ -117,42 +134,29 @@ struct ModifiedOperands : PlainOperands<Element> {
     __device__ void use_rows(Head, Nothing, Scores& scores, Output&, const TermTile<kKeys>& tile, AccumulatorThread at,
                              bool, Ready&& ready, Use&& use) const {
       constexpr int kCount = sizeof(scores.value) / sizeof(float);
+      float scale[2] = {1.f, 1.f};
+      if constexpr (kCapped) {
+        constexpr int kGroup = 16;  // more at a time are in the way of the output's registers at head_dim 256
 #pragma unroll
-      for (int j = 0; j < kCount / 4; ++j) {
-        const float2 term = terms.exist() ? *reinterpret_cast<const float2*>(&tile.term[at.column(j)]) : float2{};
+        for (int first = 0; first < kCount; first += kGroup) {
+          apply_to_scores<Softcap>([&](auto&& step) {
 #pragma unroll
-        for (int i = 4 * j; i < 4 * j + 4; ++i) {
-          float& score = scores.value[i];
-          const float own = i % 2 == 0 ? term.x : term.y;
-          if constexpr (kCapped) {
-            score = fused_multiply_add(own, kLog2E, to_log2(score));
-          } else {
-            score = fused_multiply_add(own, kLog2E, score * to_log2);
-          }
+            for (int i = first; i < first + kGroup; ++i) {
+              scores.value[i] = step(to_log2, scores.value[i]);
+            }
+          });
         }
+      } else {
+        scale[0] = scale[1] = to_log2;
+      }
+      if (!kCapped || terms.exist()) {
+        add_terms(scores.value, scale, tile, at);
       }
       ready();
       use(PlainRows<kCount>{scores.value});
     }
   };
 };
-
-// Scales products and adds the terms of their columns, which leaves nothing to scale.
-template <int kCount, int kKeys>
-__device__ inline void add_terms(float (&product)[kCount], float (&scale)[2], const TermTile<kKeys>& tile,
-                                 AccumulatorThread at) {
-#pragma unroll
-  for (int j = 0; j < kCount / 4; ++j) {
-    const float2 terms = *reinterpret_cast<const float2*>(&tile.term[at.column(j)]);
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      float* const pair = &product[4 * j + 2 * h];
-      pair[0] = fused_multiply_add(pair[0], scale[h], terms.x * kLog2E);
-      pair[1] = fused_multiply_add(pair[1], scale[h], terms.y * kLog2E);
-    }
-  }
-  scale[0] = scale[1] = 1.f;
-}
 
 // Scales as a kernel takes them; see QuantizedAttention.
 struct QuantizedScales {

@@ -2,7 +2,10 @@
 #include "fastattn/score/softmax.hpp"
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
+#include <cstdint>
+#include <numbers>
 #include <random>
 #include <vector>
 
@@ -234,6 +237,41 @@ const Test caps("softmax: a softcap is the hyperbolic tangent, and increases", [
     last = capped;
   }
   check(!ScoreModifier{1.f, 0.f, {}}.exists() && modifier.exists(), "a modifier that changes nothing is none");
+});
+
+// Does a softcap's shortcut hold?
+bool is_small(float argument) {
+  return (std::bit_cast<std::uint32_t>(argument) >> Softcap::kShortcut.index & 1) == Softcap::kShortcut.value;
+}
+
+const Test capped_shortcut("softmax: a softcap's shortcut is as good as the general way wherever it holds", [] {
+  for (const float cap : {1e-3f, 0.7f, 50.f, 1e4f}) {
+    const Softcap softcap = ScoreModifier{2.f, cap, {}}.cap();
+    double shortcut = 0., general = 0.;
+    for (double t = -60.; t < 60.; t += 1. / 1024.) {
+      const float argument = softcap.argument(static_cast<float>(t) * cap / 4.f);
+      const double exact = double{cap} * std::numbers::log2e * std::tanh(argument / 2.);
+      check(is_small(argument) == (std::abs(argument) < 2.f), "where it holds");
+      if (is_small(argument) && exact != 0.) {
+        shortcut = std::max(shortcut, std::abs(softcap.shortcut(argument) / exact - 1.));
+      }
+      general = std::max(general, std::abs(softcap.general(argument) - exact) / cap);
+    }
+    check(shortcut < 9e-7, "the shortcut is " + std::to_string(shortcut * 1e6) + "e-6 off");
+    check(general < 5e-7, "the general way is " + std::to_string(general * 1e6) + "e-6 off");
+  }
+});
+
+const Test capped_limits("softmax: what a softcap makes of the largest, the smallest and what is not a number", [] {
+  for (const float cap : {1e-45f, 1e-38f, 1e-20f, 1.f, 1e38f}) {
+    const Softcap softcap = ScoreModifier{1.f, cap, {}}.cap();
+    check(softcap(0.f) == 0.f && softcap.shortcut(softcap.argument(0.f)) == 0.f, "0 stays");
+    check(softcap(kInfinity) == cap * kLog2E && softcap(-kInfinity) == -cap * kLog2E, "the cap is reached");
+    for (const float nan : {std::nanf(""), -std::nanf("")}) {
+      check(std::isnan(softcap(nan)), "NaN stays");
+      check(!is_small(softcap.argument(nan)), "NaN is not small");
+    }
+  }
 });
 
 }  // namespace

@@ -69,7 +69,7 @@ struct Vector<Avx2> {
     const __m256 one = _mm256_set1_ps(1.f);
     return _mm256_div_ps(one, _mm256_add_ps(one, a.lanes));
   }
-  friend Vector reciprocal(Vector a) { return _mm256_div_ps(_mm256_set1_ps(1.f), a.lanes); }
+  friend Vector precise_inverse_of_one_plus(Vector a) { return inverse_of_one_plus(a); }
   friend Vector minus_magnitude(Vector a) { return _mm256_or_ps(a.lanes, _mm256_set1_ps(-0.f)); }
   // The power of two that |a| begins with; 0 for denormals, +∞ for what is not finite.
   friend Vector leading_power(Vector a) { return _mm256_and_ps(a.lanes, _mm256_set1_ps(kInfinity)); }
@@ -164,7 +164,7 @@ struct Vector<Avx512> {
     const __m512 one = _mm512_set1_ps(1.f);
     return _mm512_div_ps(one, _mm512_add_ps(one, a.lanes));
   }
-  friend Vector reciprocal(Vector a) { return _mm512_div_ps(_mm512_set1_ps(1.f), a.lanes); }
+  friend Vector precise_inverse_of_one_plus(Vector a) { return inverse_of_one_plus(a); }
   friend Vector minus_magnitude(Vector a) { return _mm512_or_ps(a.lanes, _mm512_set1_ps(-0.f)); }
   friend Vector leading_power(Vector a) { return _mm512_and_ps(a.lanes, _mm512_set1_ps(kInfinity)); }
   friend Vector where_negative(Vector x, Vector negative, Vector otherwise) {  // by the sign bit

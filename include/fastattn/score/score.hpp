@@ -27,9 +27,15 @@ concept ScoreRow = requires(R row) {
 };
 
 // A function of a score may have a shortcut, for processors that decide about many scores at once: the function is then
-// general(argument(score)) as well, and, where the argument's sign bit is set, the cheaper shortcut(argument(score)).
+// general(argument(score)) as well, and, where a bit of the argument is what kShortcut says, the cheaper
+// shortcut(argument(score)).
+struct ArgumentBit {
+  int index;
+  bool value;
+};
 template <class F>
 concept HasShortcut = requires(F function, float score, float argument) {
+  { F::kShortcut } -> std::same_as<const ArgumentBit&>;
   { function.argument(score) } -> std::same_as<float>;
   { function.general(argument) } -> std::same_as<float>;
   { function.shortcut(argument) } -> std::same_as<float>;

@@ -5,16 +5,6 @@
 
 namespace fastattn {
 
-// 1 / (1 + e) for e in [0, 1] by multiplications: a quartic, exact at 0 and at most 3.5e-4 off, for tensor-core
-// precision. (A reciprocal would be a second visit to the exponential unit, which bounds head_dim 64.) CPU vectors
-// divide.
-FASTATTN_HD float inverse_of_one_plus(float e) {
-  float p = fused_multiply_add(0x1.4893f8p-3f, e, -0x1.1a5ab8p-1f);
-  p = fused_multiply_add(p, e, 0x1.c2915cp-1f);
-  p = fused_multiply_add(p, e, -0x1.fa4464p-1f);
-  return fused_multiply_add(p, e, 1.f);
-}
-
 // 1 / (1 + 2^−x). With the usual bias, −ln of the number of keys, weights are near 1 / keys and must be right in
 // relative terms; forms that subtract from 1, or tanh, are not. The exponential of −|x| keeps small weights small: with
 // the quartic their relative error is 0.0113 · weight.
@@ -29,6 +19,7 @@ FASTATTN_HD T logistic2(T x) {
 // 1/16 and the weight e · (1 − 0.95077 · e): at most 6.4e-4 off, exact at 0, and half the instructions.
 struct Logistic {
   static constexpr float kShift = 4.f, kUnit = 1.f / 16.f;  // kUnit = 2^−kShift
+  static constexpr ArgumentBit kShortcut{31, true};         // the sign
   float scale, bias;
 
   template <class T>
