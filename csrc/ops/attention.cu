@@ -37,11 +37,10 @@ template <class Element, bool kCapped>
 struct ModifiedForward : Forward<Element, Bands> {
   using Score = WithSinks<SoftmaxBy<One, WeightsOf<Element>>>;
   using Operands = sm90::ModifiedOperands<Element, kCapped>;
-  // A softcap takes registers that the plain kernel's tiles have not.
   static constexpr sm90::Config kForward[] = {
-      {.head_dim = 64, .tile = {kCapped ? 128 : 192, 128}, .stages = 2, .warpgroups = kCapped ? 2 : 3},
+      {.head_dim = 64, .tile = {192, 128}, .stages = 2, .warpgroups = 3},
       {.head_dim = 128, .tile = {128, 128}, .stages = 2, .warpgroups = 2},
-      {.head_dim = 256, .tile = {128, kCapped ? 32 : 64}, .stages = 2, .warpgroups = 2, .query_stages = 1}};
+      {.head_dim = 256, .tile = {128, 64}, .stages = 2, .warpgroups = 2, .query_stages = 1}};
 };
 
 // Of rectangles and segments: few tiles, for what a mask costs depends on what is in it.
