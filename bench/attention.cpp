@@ -57,6 +57,8 @@ class AttentionProblem final : public Problem {
       sinks_.emplace(device, fastattn::DType::kFloat32, 1, 1, 1, shape.heads);
       sinks_->fill([](std::int64_t) { return AttentionCase::kSink; });
     }
+    set_forward_workspace(
+        device.run([&](const auto& executor) { return fastattn::attention_workspace(problem(), executor); }));
   }
 
  private:
@@ -144,6 +146,11 @@ const AddOp<AttentionCase, AttentionProblem> kOp{
         "b1_s16384_h20_d96_causal",
         "b1_s16384_h16_d128_causal_sinks",
         "b1_s16384_h10_d192",
+        "b16_s1x8192_h64_kv8_d128",
+        "b1_s1x131072_h64_kv8_d128",
+        "b8_s16x8192_h32_kv8_d128_causal",
+        "b16_s4x8192_h64_kv8_d64_causal",
+        "b1_s512x65536_h8_kv2_d128_causal",
         "b1_s16384_h16_d192v128_causal",
         "b1_s16384_h16_d128v32",
         "b1_s16384_h16_d128_causal_bias",
@@ -165,6 +172,9 @@ const AddOp<AttentionCase, AttentionProblem> kOp{
         "b2_s200_h80_d256_causal",
         "b1_s200x333_h4_kv2_d192v128_causal",
         "b1_s257_h2_d64v16_window100",
+        "b1_s5x1100_h10_kv2_d64_causal",
+        "b1_s1x1300_h8_kv2_d128",
+        "b1_s40x1100_h3_kv1_d256_window600",
         "b1_s257_h2_d128v32",
         "b1_s200x333_h4_kv2_d64_causal_bias",
         "b1_s257_h2_d64_softcap50_bias_sinks",

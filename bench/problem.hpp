@@ -54,6 +54,8 @@ class Problem {
   virtual std::size_t workspace_bytes() const = 0;
 
   void* forward_workspace() const { return forward_workspace_.get(); }
+  // Of a forward that wants more than kForwardWorkspace bytes.
+  void set_forward_workspace(std::size_t bytes) { forward_workspace_ = device_.allocate(bytes); }
   float* lse() const { return static_cast<float*>(lse_->view().data); }
 
   struct Gradients {
@@ -84,7 +86,7 @@ class Problem {
   const Case& case_;
   const fastattn::DType dtype_;
   std::mt19937 random_{1};
-  const std::shared_ptr<void> forward_workspace_;
+  std::shared_ptr<void> forward_workspace_;
   std::optional<Tensor> lse_;  // the softmax's, [batch, heads, seq_q, 1]
 };
 

@@ -8,6 +8,7 @@
 #include "ops/softmax.cuh"
 #include "ops/validate.hpp"
 #include "sm90/config.hpp"
+#include "sm90/split.cuh"
 #include "sm90/survey.hpp"
 
 namespace fastattn {
@@ -37,8 +38,9 @@ template <class Element, bool kCapped>
 struct ModifiedForward : Forward<Element, Bands> {
   using Score = WithSinks<SoftmaxBy<One, WeightsOf<Element>>>;
   using Operands = sm90::ModifiedOperands<Element, kCapped>;
+  // With a softcap three warpgroups have too few registers.
   static constexpr sm90::Config kForward[] = {
-      {.head_dim = 64, .tile = {192, 128}, .stages = 2, .warpgroups = 3},
+      {.head_dim = 64, .tile = {kCapped ? 128 : 192, 128}, .stages = 2, .warpgroups = kCapped ? 2 : 3},
       {.head_dim = 128, .tile = {128, 128}, .stages = 2, .warpgroups = 2},
       {.head_dim = 256, .tile = {128, 64}, .stages = 2, .warpgroups = 2, .query_stages = 1}};
 };
@@ -50,6 +52,20 @@ struct RegionForward : SoftmaxOver<Element, Regions> {
   static constexpr sm90::Config kForward[] = {
       {.head_dim = 64, .tile = {128, 128}, .stages = 2, .warpgroups = 2},
       {.head_dim = 128, .tile = {128, 128}, .stages = 2, .warpgroups = 2},
+      {.head_dim = 256, .tile = {128, 64}, .stages = 2, .warpgroups = 2, .query_stages = 1}};
+};
+
+// Of few queries, in parts of the keys.
+template <class Element>
+struct SplitForward : SoftmaxOver<Element, SplitBands> {
+  using Epilogue = sm90::PartialOutput;
+  // Tiles of 64 slots live off the bytes that are under way, those of 128 are for the cases between.
+  static constexpr sm90::Config kForward[] = {
+      {.head_dim = 64, .tile = {sm90::kSplitRows, 128}, .stages = 6, .warpgroups = 1},
+      {.head_dim = 64, .tile = {128, 128}, .stages = 2, .warpgroups = 2},
+      {.head_dim = 128, .tile = {sm90::kSplitRows, 128}, .stages = 3, .warpgroups = 1},
+      {.head_dim = 128, .tile = {128, 128}, .stages = 2, .warpgroups = 2},
+      {.head_dim = 256, .tile = {sm90::kSplitRows, 64}, .stages = 3, .warpgroups = 1, .query_stages = 1},
       {.head_dim = 256, .tile = {128, 64}, .stages = 2, .warpgroups = 2, .query_stages = 1}};
 };
 
@@ -82,12 +98,12 @@ Status run_modified(const Attention& p, Stream stream) {
 }
 
 // In the workspace, after what the forward counts in.
-constexpr std::size_t kSurvey = sizeof(IdRange);
-static_assert(kSurvey >= kForwardWorkspace);
+constexpr std::size_t kRest = 256;
+static_assert(kRest >= kForwardWorkspace);
 
 template <class Element>
 Status run_in_regions(const Attention& p, Stream stream) {
-  const Regions regions = regions_of(p, static_cast<std::byte*>(p.workspace) + kSurvey);
+  const Regions regions = regions_of(p, static_cast<std::byte*>(p.workspace) + kRest);
   if (regions.segments.exist()) {
     if (p.workspace == nullptr) {
       return failure("%s: workspace has no data", kOp);
@@ -97,6 +113,18 @@ Status run_in_regions(const Attention& p, Stream stream) {
     }
   }
   return run<RegionForward<Element>>(p, regions, {{p.scale * kLog2E}, p.sinks}, {}, stream);
+}
+
+template <class Element>
+Status run_split(const Attention& p, const SplitBands& parts, Stream stream) {
+  if (p.workspace == nullptr) {
+    return failure("%s: workspace has no data", kOp);
+  }
+  const auto partial = sm90::PartialOutput::in(static_cast<std::byte*>(p.workspace) + kRest, p, parts);
+  const Status status = sm90::run_forward<SplitForward<Element>>(
+      kOp, {p.q, p.k, p.v, parts, {p.scale * kLog2E}, partial, p.workspace}, stream);
+  const int row_warps = sm90::CombineParams::warps_for(parts.count);
+  return status.ok() ? sm90::combine<Element>({parts, partial, p.out, p.lse, p.sinks, row_warps}, stream) : status;
 }
 
 // Calls run(schedule): windows of each head's own cost partial tiles instructions.
@@ -115,6 +143,9 @@ Status attention(const Attention& p, Stream stream) {
     if (p.has_regions()) {
       return run_in_regions<Element>(p, stream);
     }
+    if (const auto parts = sm90::split_bands(p, sm90::num_multiprocessors())) {
+      return run_split<Element>(p, *parts, stream);
+    }
     return with_schedule(p, [&]<class Schedule>(const Schedule& schedule) {
       return run<Forward<Element, Schedule>>(p, schedule, {{p.scale * kLog2E}, p.sinks}, {}, stream);
     });
@@ -122,7 +153,11 @@ Status attention(const Attention& p, Stream stream) {
 }
 
 std::size_t attention_workspace(const Attention& p, Stream) {
-  return p.segments.exist() ? kSurvey + survey_bytes(p) : kForwardWorkspace;
+  if (p.segments.exist()) {
+    return kRest + survey_bytes(p);
+  }
+  const auto parts = validate(p).ok() ? sm90::split_bands(p, sm90::num_multiprocessors()) : std::nullopt;
+  return parts ? kRest + sm90::PartialOutput::bytes(p, *parts) : kForwardWorkspace;
 }
 
 Status attention_backward(const AttentionBackward& problem, Stream stream) {

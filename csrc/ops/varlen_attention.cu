@@ -30,7 +30,7 @@ struct CappedForward : Forward<Element> {
   static constexpr sm90::Config kForward[] = {
       {.head_dim = 64, .tile = {128, 128}, .stages = 2, .warpgroups = 2},
       {.head_dim = 128, .tile = {128, 128}, .stages = 2, .warpgroups = 2},
-      {.head_dim = 256, .tile = {128, 32}, .stages = 2, .warpgroups = 2, .query_stages = 1}};
+      {.head_dim = 256, .tile = {128, 64}, .stages = 2, .warpgroups = 2, .query_stages = 1}};
 };
 
 template <class Variant>

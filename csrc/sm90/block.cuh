@@ -23,12 +23,16 @@ __device__ void divide_block(Init&& init, Produce&& produce, Consume&& consume) 
 
   const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / kWarpgroupThreads, 0);
   if (warpgroup == 0) {
-    cutlass::arch::warpgroup_reg_dealloc<kConfig.producer_registers()>();
+    if constexpr (kConfig.shares_registers()) {
+      cutlass::arch::warpgroup_reg_dealloc<kConfig.producer_registers()>();
+    }
     if (__shfl_sync(0xffffffffu, threadIdx.x / 32, 0) == 0) {
       produce();
     }
   } else {
-    cutlass::arch::warpgroup_reg_alloc<kConfig.consumer_registers()>();
+    if constexpr (kConfig.shares_registers()) {
+      cutlass::arch::warpgroup_reg_alloc<kConfig.consumer_registers()>();
+    }
     consume(warpgroup - 1);
   }
 }

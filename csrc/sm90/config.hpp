@@ -15,6 +15,8 @@ struct Config {
 
   // What a block is launched with is shared out anew: 168 registers for each thread of three warpgroups become 24 and
   // 2 · 240, 128 of four 32 and 3 · 160, 96 of five 24 and 4 · 112. Asking for more than there are waits forever.
+  // With a single consumer all threads have as many as there can be.
+  constexpr bool shares_registers() const { return warpgroups > 1; }
   constexpr int launched_registers() const { return 65536 / ((warpgroups + 1) * 128) / 8 * 8; }
   constexpr int producer_registers() const { return warpgroups == 3 ? 32 : 24; }
   constexpr int consumer_registers() const {

@@ -29,8 +29,9 @@ namespace fastattn::sm90 {
 
 template <class Variant>
 struct ForwardParams {
-  using Origin = OriginOf<typename Variant::Schedule>;
-  TensorMap<Origin> q, k;
+  using Origin = OriginOf<typename Variant::Schedule>;  // of keys
+  TensorMap<QueryOriginOf<typename Variant::Schedule>> q;
+  TensorMap<Origin> k;
   typename Variant::Operands::template ValueMap<Origin> v;
   typename Variant::Schedule schedule;  // of all heads
   typename Variant::Score score;        // of all heads
@@ -74,17 +75,26 @@ struct ForwardKernel {
   static constexpr bool kHandsOn = Schedules::kInMemory;
 
   // Which query tile of which head.
-  struct alignas(16) Work {
+  struct alignas(16) QueryTileWork {
     int q_tile, head, sequence;
     bool exists;
-    [[no_unique_address]] std::conditional_t<kHandsOn, Schedule, Nothing> schedule;
-
-    static __device__ Work at(const Params& params, int index) {
-      const WorkOrder::Place place = params.order.at(index);
-      const SequenceTile tile = sequence_tile(params.schedule, place.head / params.heads, place.q_tile, kTile);
-      return {tile.q_tile, place.head % params.heads, tile.sequence, true, {}};
-    }
   };
+  // (With [[no_unique_address]] instead nvcc 13.0 copies a message from the place of the empty member on.)
+  struct ScheduledWork : QueryTileWork {
+    Schedule schedule;
+  };
+  using Work = std::conditional_t<kHandsOn, ScheduledWork, QueryTileWork>;
+
+  static __device__ Work work_at(const Params& params, int index) {
+    const WorkOrder::Place place = params.order.at(index);
+    const SequenceTile tile = sequence_tile(params.schedule, place.head / params.heads, place.q_tile, kTile);
+    Work work{};
+    work.q_tile = tile.q_tile;
+    work.head = place.head % params.heads;
+    work.sequence = tile.sequence;
+    work.exists = true;
+    return work;
+  }
 
   // The output's rows take the place of the queries that a warpgroup is done with, where their panels are as wide.
   static constexpr bool kStagedInQueries =
@@ -140,6 +150,9 @@ struct ForwardKernel {
   };
 
   static __device__ void run(const Params& params) {
+    if constexpr (requires { Variant::Epilogue::kContinues; }) {
+      cudaTriggerProgrammaticLaunchCompletion();  // the kernel that goes on with the output may be launched
+    }
     extern __shared__ std::byte shared_bytes[];
     Shared& shared = *reinterpret_cast<Shared*>(shared_bytes);
     divide_block<kConfig>(
@@ -155,7 +168,7 @@ struct ForwardKernel {
     Positions position;
     int index = params.works.first();
     while (index < params.works.count) {
-      Work work = Work::at(params, index);
+      Work work = work_at(params, index);
       const Schedule schedule = params.schedule.at(work.sequence, work.head);
       if constexpr (kHandsOn) {
         if (work.q_tile * kTile.q >= schedule.num_q) {  // past the end of a sequence

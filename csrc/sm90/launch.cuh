@@ -51,6 +51,7 @@ inline Status clear(void* memory, std::size_t bytes, Stream stream) {
 // rows are `row_bytes` long.
 Status encode(const TensorView& view, int rows, int row_bytes, TensorMap<int>& map);
 Status encode(const TensorView& view, int rows, int row_bytes, TensorMap<SequenceOrigin>& map);
+Status encode(const TensorView& view, GroupBox box, int row_bytes, TensorMap<GroupOrigin>& map);
 Status encode(const TensorView& view, const GridBox& box, int row_bytes, TensorMap<PerAxis<int>>& map);
 // The same of [batch, heads, channels, tokens], in tiles of `rows` channels.
 Status encode(const TensorView& view, int rows, int row_bytes, TransposedMap& map);
@@ -102,6 +103,22 @@ Status launch(void (*kernel)(Params), std::int64_t blocks, int threads, std::siz
   }
   kernel<<<static_cast<unsigned>(blocks), threads, shared_bytes, static_cast<cudaStream_t>(stream.handle)>>>(params);
   return check(cudaGetLastError(), "kernel launch");
+}
+
+// The same of a kernel that waits by itself (cudaGridDependencySynchronize) for the one before it in the stream, so
+// that its launch takes place while that one is still running.
+template <class Params>
+Status launch_early(void (*kernel)(Params), std::int64_t blocks, int threads, Stream stream, const Params& params) {
+  cudaLaunchAttribute early{};
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = static_cast<unsigned>(blocks);
+  config.blockDim = static_cast<unsigned>(threads);
+  config.stream = static_cast<cudaStream_t>(stream.handle);
+  config.attrs = &early;
+  config.numAttrs = 1;
+  return check(cudaLaunchKernelEx(&config, kernel, params), "kernel launch");
 }
 
 }  // namespace fastattn::sm90

@@ -70,8 +70,8 @@ Status launch_forward(const char* op, const ForwardProblem<Variant>& problem, St
   typename Kernel::Params params{};
   params.schedule = problem.schedule;
   params.score = problem.score;
-  params.heads = static_cast<int>(problem.q.heads());
-  params.heads_per_kv_head = heads_per_kv_head(problem.q, problem.k);
+  params.heads = num_heads(problem.schedule, static_cast<int>(problem.q.heads()));
+  params.heads_per_kv_head = params.heads / max_of(static_cast<int>(problem.k.heads()), 1);
   const int q_tiles = num_q_tiles(problem.schedule, Kernel::kTile);
   params.epilogue = problem.epilogue;
   params.scales = problem.scales;

@@ -62,13 +62,15 @@ Status encode(const TensorView& view, Layout layout, CUtensorMap& map) {
 
 cuuint32_t panel_columns(DType dtype, int row_bytes) { return static_cast<cuuint32_t>(row_bytes / size_of(dtype)); }
 
-// A tensor whose dimensions are, from the fastest on, those of `order`; boxes of `rows` of the second one.
-Status encode(const TensorView& view, const int (&order)[4], int rows, int row_bytes, CUtensorMap& map) {
-  Layout layout{.rank = 4,
-                .extent = {},
-                .stride = {},
-                .box = {panel_columns(view.dtype, row_bytes), static_cast<cuuint32_t>(rows), 1, 1},
-                .step = {1, 1, 1, 1}};
+// A tensor whose dimensions are, from the fastest on, those of `order`; boxes of `rows` of the second one, and of so
+// many of the third.
+Status encode(const TensorView& view, const int (&order)[4], int rows, int row_bytes, CUtensorMap& map, int third = 1) {
+  Layout layout{
+      .rank = 4,
+      .extent = {},
+      .stride = {},
+      .box = {panel_columns(view.dtype, row_bytes), static_cast<cuuint32_t>(rows), static_cast<cuuint32_t>(third), 1},
+      .step = {1, 1, 1, 1}};
   for (int i = 0; i < 4; ++i) {
     layout.extent[i] = static_cast<cuuint64_t>(view.shape[order[i]]);
     if (i > 0) {
@@ -92,6 +94,11 @@ int part_of(int extent, int step) {
 Status encode(const TensorView& view, int rows, int row_bytes, TensorMap<int>& map) {
   constexpr int kOrder[4] = {3, 1, 2, 0};  // head_dim, tokens, heads, batch
   return encode(view, kOrder, rows, row_bytes, map.map);
+}
+
+Status encode(const TensorView& view, GroupBox box, int row_bytes, TensorMap<GroupOrigin>& map) {
+  constexpr int kOrder[4] = {3, 2, 1, 0};  // head_dim, heads, tokens, batch
+  return encode(view, kOrder, box.heads, row_bytes, map.map, box.queries);
 }
 
 Status encode(const TensorView& view, int rows, int row_bytes, TensorMap<SequenceOrigin>& map) {

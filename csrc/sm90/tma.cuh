@@ -10,6 +10,7 @@
 
 #include "fastattn/schedule/neighborhood.hpp"
 #include "fastattn/schedule/sequences.hpp"
+#include "fastattn/schedule/split.hpp"
 #include "sm90/shared_tile.cuh"
 
 namespace fastattn::sm90 {
@@ -31,6 +32,8 @@ struct TensorMap;
 inline constexpr auto kCacheHint = static_cast<std::uint64_t>(cute::TMA::CacheHintSm90::EVICT_NORMAL);
 
 template <class Schedules>
+using QueryOriginOf = decltype(std::declval<const Schedules&>().at(0, 0).query_origin(0, TileShape{}));
+template <class Schedules>
 using OriginOf = decltype(std::declval<const Schedules&>().at(0, 0).key_origin(0, TileShape{}));
 
 // Consecutive tokens of a sequence: coordinates (column, token, head, batch).
@@ -44,6 +47,21 @@ struct TensorMap<int> {
     for (int i = 0; i < Tile::kPanels; ++i) {
       cute::SM90_TMA_LOAD_4D::copy(&map, reinterpret_cast<std::uint64_t*>(&barrier), kCacheHint, tile.panel(i),
                                    i * Tile::kPanelColumns, first_token, head, batch);
+    }
+  }
+};
+
+// Heads beside each other, of one query after the other: coordinates (column, head, token, batch).
+template <>
+struct TensorMap<GroupOrigin> {
+  CUtensorMap map;
+
+  template <class Tile>
+  __device__ void load(Tile& tile, GroupOrigin first, int, int batch, Barrier& barrier) const {
+#pragma unroll
+    for (int i = 0; i < Tile::kPanels; ++i) {
+      cute::SM90_TMA_LOAD_4D::copy(&map, reinterpret_cast<std::uint64_t*>(&barrier), kCacheHint, tile.panel(i),
+                                   i * Tile::kPanelColumns, first.head, first.query, batch);
     }
   }
 };

@@ -87,7 +87,7 @@ struct Attention {
   // and without a softcap or a key_bias.
   Rectangles rectangles = {};
   Segments segments = {};
-  void* workspace = nullptr;  // attention_workspace(…) bytes, 8-byte aligned
+  void* workspace = nullptr;  // attention_workspace(…) bytes, 256-byte aligned
 
   FASTATTN_HD ScoreModifier modifier() const { return {scale, softcap, key_bias}; }
   bool has_regions() const { return rectangles.count > 0 || segments.exist(); }

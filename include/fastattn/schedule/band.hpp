@@ -88,9 +88,13 @@ struct Band {
   FASTATTN_HD constexpr Band at(int, int) const { return *this; }  // one mask for all heads
 
   FASTATTN_HD constexpr Cursor runs(int q_tile, TileShape shape) const {
+    return runs_of({q_tile * shape.q, (q_tile + 1) * shape.q}, shape.k);
+  }
+  // Those of any queries, in tiles of so many keys.
+  FASTATTN_HD constexpr Cursor runs_of(Interval queries, int keys) const {
     const int diagonal = num_k - num_q;
-    const int q_first = q_tile * shape.q;
-    const int q_last = min_of(q_first + shape.q, num_q) - 1;
+    const int q_first = queries.begin;
+    const int q_last = min_of(queries.end, num_q) - 1;
     const int any_begin = max_of(q_first + diagonal - left, 0);         // some row keeps these keys
     const int any_end = min_of(q_last + diagonal + right + 1, num_k);   //
     const int all_begin = max_of(q_last + diagonal - left, 0);          // every row keeps these keys
@@ -98,9 +102,9 @@ struct Band {
     if (any_begin >= any_end) {
       return {0, 0, 0, 0};
     }
-    const int begin = any_begin / shape.k, end = ceil_div(any_end, shape.k);
-    const int full_begin = ceil_div(all_begin, shape.k), full_end = max_of(all_end, 0) / shape.k;
-    const bool whole_rows = q_first + shape.q <= num_q;  // a query tile past the end has no full tile
+    const int begin = any_begin / keys, end = ceil_div(any_end, keys);
+    const int full_begin = ceil_div(all_begin, keys), full_end = max_of(all_end, 0) / keys;
+    const bool whole_rows = queries.end <= num_q;  // a query tile past the end has no full tile
     if (!whole_rows || full_begin >= full_end) {
       return {begin, end, end, end};
     }

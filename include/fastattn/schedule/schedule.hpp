@@ -118,6 +118,12 @@ struct SequenceTile {
   int sequence, q_tile;
 };
 
+// How many heads the executor counts in a batch entry, where there are so many of queries.
+template <class S>
+FASTATTN_HD constexpr int num_heads(const S&, int heads) {
+  return heads;
+}
+
 // Query tiles of a head in a batch entry of the tensors, those of all its sequences.
 template <class S>
 FASTATTN_HD constexpr int num_q_tiles(const S& schedules, TileShape tile) {
