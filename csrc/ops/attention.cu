@@ -25,6 +25,7 @@ struct Forward : SoftmaxOver<Element, Schedule> {
       {.head_dim = 64, .value_dim = 32, .tile = {128, 128}, .stages = 2, .warpgroups = 2},
       {.head_dim = 64, .tile = {192, 128}, .stages = 2, .warpgroups = 3},
       {.head_dim = 64, .tile = {128, 128}, .stages = 2, .warpgroups = 2},  // for short sequences
+      {.head_dim = 64, .tile = {128, 112}, .stages = 2, .warpgroups = 2},  // where less than half of the last is used
       {.head_dim = 96, .tile = {128, 128}, .stages = 2, .warpgroups = 2},
       {.head_dim = 128, .value_dim = 32, .tile = {128, 128}, .stages = 2, .warpgroups = 2},
       {.head_dim = 128, .tile = {128, 128}, .stages = 2, .warpgroups = 2},

@@ -244,14 +244,14 @@ struct ForwardKernel {
     const Score score = params.score.at(work.head);
     const int batch = batch_of(params.schedule, work.sequence), first_row = warpgroup * kWarpgroupRows;
     QueryTile& queries = shared.q[position.q.stage];
-    // Read anew for each use: what heads differ in would take registers among the products.
+    // What was handed on is read anew for each use: it would take registers among the products.
     const auto schedule = [&] {
       if constexpr (kHandsOn) {
-        return shared.q_ring.messages[position.q.stage].schedule;
+        return [&] { return shared.q_ring.messages[position.q.stage].schedule; };
       } else {
-        return params.schedule.at(work.sequence, work.head);
+        return [own = params.schedule.at(work.sequence, work.head)] { return own; };
       }
-    };
+    }();
     const auto token_of = [&](int row) {
       if constexpr (kHandsOn) {
         return schedule().query_token(work.q_tile, first_row + row, kTile);

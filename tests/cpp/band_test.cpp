@@ -111,6 +111,10 @@ const Test suitable_tiles("band: long tiles of queries suit where they visit lit
   check(causal(4096).suits(kLong) && Band{2048, 2048, 2048, 2048}.suits(kLong), "long");
   check(!Band{197, 197, 197, 197}.suits(kLong) && !Band{577, 577, 577, 577}.suits(kLong),
         "a few queries in the last tile");
+  constexpr TileShape kShort{128, 128};
+  check(Band{577, 577, 577, 577}.suits(kShort) && causal(512).suits(kShort) && causal(1024).suits(kShort),
+        "short tiles");
+  check(!Band{197, 197, 197, 197}.suits(kShort), "few keys in the last tile");
   check(Band{0, 5, 5, 5}.suits(kLong) && Band{5, 0, 5, 5}.suits(kLong), "nothing");
 });
 

@@ -68,9 +68,9 @@ struct Band {
   constexpr int query_box(TileShape shape) const { return shape.q; }
   constexpr int key_box(TileShape shape) const { return shape.k; }
 
-  // Is little of what a tile visits in vain, beside tiles of fewer queries?
+  // Is little of what a tile visits in vain, beside small tiles?
   constexpr bool suits(TileShape tile) const {
-    return static_cast<double>(visited(tile)) <= kMostVisited * static_cast<double>(visited({64, tile.k}));
+    return static_cast<double>(visited(tile)) <= kMostVisited * static_cast<double>(visited({64, 16}));
   }
   static constexpr double kMostVisited = 1.12;  // see csrc/ops/attention.md
 
