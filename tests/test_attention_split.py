@@ -59,13 +59,16 @@ def test_probed(head_dim: int, device, dtype) -> None:
     torch.testing.assert_close(lse[0, 3], keep.sum(-1).float().log(), atol=1e-5, rtol=0)
 
 
-def test_rows_that_see_nothing_and_parts_that_do(device, dtype) -> None:
+def test_keys_before_the_window_are_not_read(device, dtype) -> None:
+    """Whole tiles of them: their values may be NaN."""
     case = Case(16, 4000, batch=1, heads=8, kv_heads=2, head_dim=128)
     q, k, v = case.inputs(device, dtype)
-    ids = {"window": (0, 0)}  # each query sees one key: all parts but the last are empty
-    out, lse = fastattn.attention(q, k, v, **ids, return_lse=True)
-    assert torch.equal(out, v[:, -16:].repeat_interleave(4, 2))
-    assert lse.isfinite().all()
+    window = (1084, 0)  # the first query sees from key 2900 on
+    v[:, :2816] = math.nan
+    out, lse = fastattn.attention(q, k, v, window=window, return_lse=True)
+    exact, exact_lse = reference.attention(*(x.double() for x in (q, k, v.nan_to_num(0))), window=window)
+    assert relative_error(out, exact) < (1e-5 if dtype == torch.float32 else 1e-2)
+    assert relative_error(lse, exact_lse) < 1e-5
 
 
 def test_nan_in_one_query_row_stays_there(device, dtype) -> None:

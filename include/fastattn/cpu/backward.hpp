@@ -181,7 +181,7 @@ struct GradientTile {
 template <class Isa, class Element, TileShape kTile = kBackwardTile, ScheduleFamily Schedules, class Score>
 void backward(const BackwardTensors& x, const Schedules& schedules, const Score& scores_of_heads, float scale,
               const Threads& threads) {
-  const auto by_queries = schedules.slots();
+  const ReversibleSchedule auto by_queries = schedules.slots();
   const auto by_keys = by_queries.transposed();
   const int num_q = static_cast<int>(x.q.seq()), dim = static_cast<int>(x.q.head_dim());
   const std::int64_t batch = x.k.batch(), heads = x.q.heads(), kv_heads = x.k.heads();
