@@ -1,4 +1,4 @@
-"""Few queries over many keys: on a GPU the heads of a group share a tile, and the keys are parted among thread blocks."""
+"""Few queries over many keys: on a GPU the heads of a group share a tile, and thread blocks share the keys."""
 
 import math
 from typing import Any
