@@ -57,6 +57,9 @@ sanitizer() {
     if [[ $tool != racecheck ]]; then # torch has no kernels for it
       under_pytest estimate_blocks_gpu "judges_the_same_queries"
       under_pytest attention_options "lengths_around or probed"
+      under_pytest attention_regions "probed"
+      under_pytest attention_split "views or queries_at_once"
+      under_pytest varlen_attention "cut_off or unused or nan_of_one or (test_values and around)"
       under_pytest quantized_attention "order_that_is_none"
     fi
   done
