@@ -8,6 +8,7 @@ from . import (
     quantized_attention,
     sale_attention,
     sigmoid_attention,
+    varlen_attention,
 )
 
 _MODULES = (
@@ -18,5 +19,6 @@ _MODULES = (
     quantized_attention,
     sale_attention,
     sigmoid_attention,
+    varlen_attention,
 )
 OPS = {module.OP.name: module.OP for module in _MODULES}
