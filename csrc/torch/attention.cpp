@@ -61,12 +61,9 @@ std::tuple<Tensor, Tensor> attention(Tensor q, Tensor k, Tensor v, std::optional
                     .scale = scale_of(scale, q),
                     .window = window_of(kOp, causal, window),
                     .softcap = static_cast<float>(softcap),
-                    .key_bias = call.key_bias("key_bias", key_bias, q, k)};
+                    .key_bias = call.key_bias("key_bias", key_bias, q, k),
+                    .sinks = call.head_values("sinks", sinks, q)};
   call.set_head_windows(window_left, window_right, q, problem);
-  if (sinks) {
-    call.check_head_values("sinks", *sinks, q);
-    problem.sinks = sinks->const_data_ptr<float>();
-  }
   problem.rectangles = rectangles_of(call, rectangles, q);
   problem.segments.q = segments_of(call, "segments_q", "[batch or 1, seq_q]", segments_q, q, q);
   problem.segments.k = segments_of(call, "segments_k", "[batch or 1, seq_k]", segments_k, q, k);

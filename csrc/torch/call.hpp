@@ -245,14 +245,18 @@ class Call {
     problem.head_right = integers("window_right", right, "[heads]", heads_of(q));
   }
 
-  // One float for each head of q.
-  void check_head_values(const char* name, const Tensor& tensor, const Tensor& q) const {
+  // One float for each head of q; null if there are none.
+  const float* head_values(const char* name, const std::optional<Tensor>& tensor, const Tensor& q) const {
+    if (!tensor) {
+      return nullptr;
+    }
     const std::int64_t heads = heads_of(q);
-    require(tensor.dim() == 1 && tensor.sizes()[0] == heads && tensor.scalar_type() == ScalarType::Float &&
-                (heads <= 1 || tensor.stride(0) == 1),
-            op_, ": ", name, " must be contiguous Float [heads] = [", heads, "], got ", tensor.scalar_type(), " ",
-            list(tensor.sizes()));
-    check_device(name, tensor);
+    require(tensor->dim() == 1 && tensor->sizes()[0] == heads && tensor->scalar_type() == ScalarType::Float &&
+                (heads <= 1 || tensor->stride(0) == 1),
+            op_, ": ", name, " must be contiguous Float [heads] = [", heads, "], got ", tensor->scalar_type(), " ",
+            list(tensor->sizes()));
+    check_device(name, *tensor);
+    return tensor->const_data_ptr<float>();
   }
 
  private:

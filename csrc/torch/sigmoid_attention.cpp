@@ -22,11 +22,7 @@ SigmoidAttention problem_of(const char* op, const Call<Place>& call, const Tenso
                            .scale = scale_of(scale, q),
                            .window = window_of(op, causal, window),
                            .bias = 0.f,
-                           .head_bias = nullptr};
-  if (bias) {
-    call.check_head_values("bias", *bias, q);
-    problem.head_bias = bias->const_data_ptr<float>();
-  }
+                           .head_bias = call.head_values("bias", bias, q)};
   const double usual = bias || k.sizes()[1] == 0 ? 0. : -std::log(static_cast<double>(k.sizes()[1]));
   problem.bias = static_cast<float>(constant_bias.value_or(usual));
   return problem;

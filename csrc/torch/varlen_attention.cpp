@@ -41,6 +41,7 @@ std::tuple<Tensor, Tensor> varlen_attention(Tensor q, Tensor k, Tensor v, Tensor
                                         .scale = scale_of(scale, q),
                                         .window = window_of(kOp, causal, window),
                                         .softcap = static_cast<float>(softcap),
+                                        .sinks = call.head_values("sinks", sinks, q),
                                         .workspace = workspace.address()},
                           .sequences = {.count = count,
                                         .cu_seqlens_q = cu_seqlens_q.const_data_ptr<std::int32_t>(),
@@ -50,10 +51,6 @@ std::tuple<Tensor, Tensor> varlen_attention(Tensor q, Tensor k, Tensor v, Tensor
                                         .max_seqlen_q = max_seqlen_q.value_or(tokens),
                                         .max_seqlen_k = max_seqlen_k.value_or(k.sizes()[0])}};
   call.set_head_windows(window_left, window_right, q, problem.attention);
-  if (sinks) {
-    call.check_head_values("sinks", *sinks, q);
-    problem.attention.sinks = sinks->const_data_ptr<float>();
-  }
   require(fastattn::varlen_attention(problem, place.executor));
   return {out, lse};
 }

@@ -18,9 +18,9 @@ struct GroupBox {
   int heads, queries;
 };
 
-// A band over one part of the keys, for heads that share them. A slot is a query and one of 2^shift heads: query ·
-// 2^shift
-// + head. Slots past the last query keep what the last one keeps, so that they make no tile partial: nobody reads them.
+// A band over one part of the keys, for heads that share them. A slot is a query and one of 2^shift heads, and its
+// number query · 2^shift + head. Slots past the last query keep what the last one keeps, so that they make no tile
+// partial: nobody reads them.
 struct SplitBand {
   int num_q, num_k;  // slots, and keys of all parts
   Band band;         // of queries
