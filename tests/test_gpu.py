@@ -134,6 +134,32 @@ def test_contiguous_tensors_past_32_bits() -> None:
     assert torch.equal(out[:, -200:], fastattn.attention(q[:, -200:], k, v))
 
 
+def far_tokens(count: int, tokens: int, heads: int) -> tuple[torch.Tensor, ...]:
+    """Packed tensors, whose last token lies more than 2³¹ elements after the first."""
+    if torch.cuda.mem_get_info()[0] < 40 << 30:
+        pytest.skip("needs 40 GiB of free GPU memory")
+    buffer = torch.empty(count, tokens, (1 << 31) // tokens * 2, device="cuda", dtype=torch.bfloat16)
+    return tuple(x[:, : heads * 64].unflatten(-1, (heads, 64)).normal_() for x in buffer)
+
+
+def test_sequences_past_32_bits() -> None:
+    tensors = far_tokens(3, 256, 2)
+    starts = torch.tensor([0, 90, 90, 256], device="cuda", dtype=torch.int32)
+
+    def attend(*tensors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return fastattn.varlen_attention(*tensors, starts, starts, causal=True, return_lse=True)
+
+    for result, expected in zip(attend(*tensors), attend(*(x.contiguous() for x in tensors)), strict=True):
+        assert torch.equal(result, expected)
+
+
+def test_parts_of_keys_past_32_bits() -> None:
+    """One query over many keys, which are parted."""
+    k, v = (x[None] for x in far_tokens(2, 2048, 2))
+    q = torch.randn(1, 1, 8, 64, device="cuda", dtype=torch.bfloat16)
+    assert torch.equal(fastattn.attention(q, k, v), fastattn.attention(q, k.contiguous(), v.contiguous()))
+
+
 def test_second_device_follows_its_tensors() -> None:
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
