@@ -51,6 +51,12 @@ Status attention_backward(const AttentionBackward& problem, const Threads& threa
   if (num_rows(problem.forward) > 0 && problem.workspace == nullptr) {
     return failure("attention_backward: workspace has no data");
   }
+  if (const Attention& forward = problem.forward;
+      forward.modifier().exists() || forward.has_regions() || forward.v.head_dim() != forward.q.head_dim()) {
+    return failure(
+        "attention_backward: gradients of modified scores, in regions or with values of their own width are "
+        "not available on a CPU yet");
+  }
   if (kernels() == nullptr) {
     return no_cpu_kernels("attention_backward");
   }

@@ -162,9 +162,23 @@ std::size_t attention_workspace(const Attention& p, Stream) {
 }
 
 Status attention_backward(const AttentionBackward& problem, Stream stream) {
-  return sm90::run_if_valid("attention_backward", problem, problem.forward.q.dtype, [&]<class Element>() {
+  constexpr const char* kBackward = "attention_backward";
+  return sm90::run_if_valid(kBackward, problem, problem.forward.q.dtype, [&]<class Element>() {
+    const Attention& p = problem.forward;
+    if (p.modifier().exists()) {
+      return failure("%s: gradients with softcap or key_bias are not available on the GPU yet", kBackward);
+    }
+    if (p.has_regions()) {
+      return failure("%s: gradients with rectangles or segments are not available on the GPU yet", kBackward);
+    }
+    if (p.v.head_dim() != p.q.head_dim()) {
+      return failure("%s: gradients where v has another head_dim than q are not available on the GPU yet", kBackward);
+    }
+    if (const Status status = check_gpu_gradients(kBackward, problem); !status.ok()) {
+      return status;
+    }
     return with_schedule(problem.forward, [&]<class Schedule>(const Schedule& schedule) {
-      return softmax_backward<Backward<Element, Schedule>>("attention_backward", problem, schedule, stream);
+      return softmax_backward<Backward<Element, Schedule>>(kBackward, problem, schedule, stream);
     });
   });
 }

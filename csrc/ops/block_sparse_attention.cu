@@ -31,7 +31,9 @@ Status block_sparse_attention(const BlockSparseAttention& p, Stream stream) {
 Status block_sparse_attention_backward(const BlockSparseAttentionBackward& problem, Stream stream) {
   constexpr const char* kOp = "block_sparse_attention_backward";
   return sm90::run_if_valid(kOp, problem, problem.forward.q.dtype, [&]<class Element>() {
-    return softmax_backward<SoftmaxBlocks<Element>>(kOp, problem, problem.forward.blocks, stream);
+    const Status status = check_gpu_gradients(kOp, problem);
+    return !status.ok() ? status
+                        : softmax_backward<SoftmaxBlocks<Element>>(kOp, problem, problem.forward.blocks, stream);
   });
 }
 

@@ -105,6 +105,9 @@ Status neighborhood_attention_backward(const NeighborhoodAttentionBackward& prob
   if (const Status status = check_problem(kOp, problem, p); !status.ok()) {
     return status;
   }
+  if (const Status status = check_gpu_gradients(kOp, problem); !status.ok()) {
+    return status;
+  }
   return with_backward(
       p, [&]<class Variant>() { return softmax_backward<Variant>(kOp, problem, Variant::schedule_of(p), stream); });
 }

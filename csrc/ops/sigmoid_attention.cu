@@ -37,6 +37,9 @@ Status sigmoid_attention(const SigmoidAttention& p, Stream stream) {
 Status sigmoid_attention_backward(const SigmoidAttentionBackward& problem, Stream stream) {
   const SigmoidAttention& p = problem.forward;
   return sm90::run_if_valid("sigmoid_attention_backward", problem, p.q.dtype, [&]<class Element>() {
+    if (const Status status = check_gpu_gradients("sigmoid_attention_backward", problem); !status.ok()) {
+      return status;
+    }
     return sm90::run_backward<SigmoidBand<Element>>("sigmoid_attention_backward",
                                                     {.q = p.q,
                                                      .k = p.k,

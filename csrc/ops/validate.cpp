@@ -187,25 +187,24 @@ Status check_window(const char* op, const Problem& problem) {
   return check_window_side(op, "right", problem.window.right);
 }
 
-// The inputs of an op over a band.
-template <class Problem>
-Status check_band_inputs(const char* op, const Problem& problem) {
-  const Status status = check_inputs(op, problem);
-  return status.ok() ? check_window(op, problem) : status;
-}
-
-// The gradients of a backward.
+// The gradients of a backward: that of the output, and those of the inputs that are wanted.
 template <class Backward>
 Status check_gradients(const char* op, const Backward& problem) {
-  const auto& forward = problem.forward;
-  const Named q{"q", forward.q}, k{"k", forward.k}, v{"v", forward.v};
+  const auto& forward = forward_of(problem);
+  TensorView out = forward.q;
+  out.shape[3] = forward.v.head_dim();
+  if (Status status = check_like(op, {"dout", problem.dout}, {"out", out}, forward.q.dtype); !status.ok()) {
+    return status;
+  }
   const struct {
     Named gradient, of;
-  } pairs[] = {{{"dout", problem.dout}, {"out", forward.q}},
-               {{"dq", problem.dq}, q},
-               {{"dk", problem.dk}, k},
-               {{"dv", problem.dv}, v}};
+  } pairs[] = {{{"dq", problem.dq}, {"q", forward.q}},
+               {{"dk", problem.dk}, {"k", forward.k}},
+               {{"dv", problem.dv}, {"v", forward.v}}};
   for (const auto& [gradient, of] : pairs) {
+    if (gradient.view.data == nullptr) {
+      continue;
+    }
     if (Status status = check_like(op, gradient, of, forward.q.dtype); !status.ok()) {
       return status;
     }
@@ -213,19 +212,23 @@ Status check_gradients(const char* op, const Backward& problem) {
   return {};
 }
 
-// What the gradients of a softmax take beside the inputs.
+// Those, and what the forward of a softmax left.
 template <class Backward>
-Status check_softmax_gradients(const char* op, const Backward& problem) {
-  if (Status status = check_output(op, problem.forward); !status.ok()) {
-    return status;
-  }
+Status check_gradients_and_lse(const char* op, const Backward& problem) {
   if (Status status = check_gradients(op, problem); !status.ok()) {
     return status;
   }
-  if (num_rows(problem.forward) > 0 && problem.forward.lse == nullptr) {
+  if (num_rows(forward_of(problem)) > 0 && forward_of(problem).lse == nullptr) {
     return failure("%s: lse is needed and has no data", op);
   }
   return {};
+}
+
+// What the gradients of a softmax take beside the inputs.
+template <class Backward>
+Status check_softmax_gradients(const char* op, const Backward& problem) {
+  const Status status = check_output(op, problem.forward);
+  return status.ok() ? check_gradients_and_lse(op, problem) : status;
 }
 
 // Of rectangles and segments the contents are in the device's memory; whatever they are, they mean something.
@@ -276,6 +279,34 @@ Status check_attention(const char* op, const Attention& problem) {
                    Long{problem.q.batch()}, Long{problem.q.heads()}, Long{batch}, Long{heads});
   }
   return check_regions(op, problem);
+}
+
+Status check_varlen(const char* op, const VarlenAttention& problem) {
+  const Attention& attention = problem.attention;
+  const Sequences& sequences = problem.sequences;
+  if (Status status = check_attention(op, attention); !status.ok()) {
+    return status;
+  }
+  if (attention.q.batch() != 1) {
+    return failure("%s: the batch size must be 1, got %lld", op, Long{attention.q.batch()});
+  }
+  if (attention.key_bias.bias != nullptr) {
+    return failure("%s: there is no key_bias, give seqused_k or windows instead", op);
+  }
+  if (attention.has_regions()) {
+    return failure("%s: there are no rectangles and no segments", op);
+  }
+  if (sequences.count < 1 || sequences.count > kMaxSeq) {
+    return failure("%s: there must be between 1 and 2^30 - 1 sequences, got %lld", op, Long{sequences.count});
+  }
+  if (sequences.cu_seqlens_q == nullptr || sequences.cu_seqlens_k == nullptr) {
+    return failure("%s: cu_seqlens_%s has no data", op, sequences.cu_seqlens_q == nullptr ? "q" : "k");
+  }
+  if (sequences.max_seqlen_q < 0 || sequences.max_seqlen_k < 0) {
+    return failure("%s: max_seqlen_q and max_seqlen_k must be at least 0, got %lld and %lld", op,
+                   Long{sequences.max_seqlen_q}, Long{sequences.max_seqlen_k});
+  }
+  return {};
 }
 
 Status check_block_rows(const char* op, const char* name, const BlockRows& rows, std::int64_t num_rows, int width) {
@@ -390,7 +421,10 @@ Status check_neighborhood(const char* op, const NeighborhoodAttention& problem) 
 }
 
 Status check_sigmoid(const char* op, const SigmoidAttention& problem) {
-  if (Status status = check_band_inputs(op, problem); !status.ok()) {
+  if (Status status = check_inputs(op, problem); !status.ok()) {
+    return status;
+  }
+  if (Status status = check_window(op, problem); !status.ok()) {
     return status;
   }
   return std::isfinite(problem.bias)
@@ -500,47 +534,23 @@ bool built_with_cuda() { return FASTATTN_WITH_CUDA; }
 
 Status validate(const Attention& problem) { return check_attention("attention", problem); }
 
-Status validate(const VarlenAttention& problem) {
-  constexpr const char* op = "varlen_attention";
-  const Attention& attention = problem.attention;
-  const Sequences& sequences = problem.sequences;
-  if (Status status = check_attention(op, attention); !status.ok()) {
-    return status;
-  }
-  if (attention.q.batch() != 1) {
-    return failure("%s: the batch size must be 1, got %lld", op, Long{attention.q.batch()});
-  }
-  if (attention.key_bias.bias != nullptr) {
-    return failure("%s: there is no key_bias, give seqused_k or windows instead", op);
-  }
-  if (attention.has_regions()) {
-    return failure("%s: there are no rectangles and no segments", op);
-  }
-  if (sequences.count < 1 || sequences.count > kMaxSeq) {
-    return failure("%s: there must be between 1 and 2^30 - 1 sequences, got %lld", op, Long{sequences.count});
-  }
-  if (sequences.cu_seqlens_q == nullptr || sequences.cu_seqlens_k == nullptr) {
-    return failure("%s: cu_seqlens_%s has no data", op, sequences.cu_seqlens_q == nullptr ? "q" : "k");
-  }
-  if (sequences.max_seqlen_q < 0 || sequences.max_seqlen_k < 0) {
-    return failure("%s: max_seqlen_q and max_seqlen_k must be at least 0, got %lld and %lld", op,
-                   Long{sequences.max_seqlen_q}, Long{sequences.max_seqlen_k});
-  }
-  return {};
+Status validate(const VarlenAttention& problem) { return check_varlen("varlen_attention", problem); }
+
+Status validate(const VarlenAttentionBackward& problem) {
+  const char* op = "varlen_attention_backward";
+  const Status status = check_varlen(op, problem.forward);
+  return status.ok() ? check_gradients_and_lse(op, problem) : status;
 }
 
 Status validate(const AttentionBackward& problem) {
   const char* op = "attention_backward";
-  if (Status status = check_band_inputs(op, problem.forward); !status.ok()) {
+  if (Status status = check_attention(op, problem.forward); !status.ok()) {
     return status;
   }
-  if (problem.forward.modifier().exists()) {
-    return failure("%s: there are no gradients with a softcap or a key_bias yet", op);
+  if (problem.dkey_bias != nullptr && problem.forward.key_bias.bias == nullptr) {
+    return failure("%s: dkey_bias must be left out where there is no key_bias", op);
   }
-  if (problem.forward.has_regions()) {
-    return failure("%s: there are no gradients with rectangles or segments yet", op);
-  }
-  return check_softmax_gradients(op, problem);
+  return check_gradients_and_lse(op, problem);
 }
 
 Status validate(const BlockSparseAttention& problem) {

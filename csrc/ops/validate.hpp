@@ -22,6 +22,7 @@ Status built_without_cuda(const char* op);
 Status validate(const Attention& problem);
 Status validate(const AttentionBackward& problem);
 Status validate(const VarlenAttention& problem);
+Status validate(const VarlenAttentionBackward& problem);
 Status validate(const BlockSparseAttention& problem);
 Status validate(const BlockSparseAttentionBackward& problem);
 Status validate(const NeighborhoodAttention& problem);
@@ -36,6 +37,25 @@ Status validate(const EstimateBlocks& problem);
 template <class Problem>
 std::int64_t num_rows(const Problem& problem) {
   return problem.q.batch() * problem.q.heads() * problem.q.seq();
+}
+
+// What a backward differentiates, as an attention.
+template <class Backward>
+const auto& forward_of(const Backward& problem) {
+  return problem.forward;
+}
+inline const Attention& forward_of(const VarlenAttentionBackward& problem) { return problem.forward.attention; }
+
+// What the kernels on a GPU do not have yet.
+template <class Backward>
+Status check_gpu_gradients(const char* op, const Backward& problem) {
+  if (problem.deterministic) {
+    return failure("%s: deterministic gradients are not available on the GPU yet", op);
+  }
+  if (problem.dq.data == nullptr || problem.dk.data == nullptr || problem.dv.data == nullptr) {
+    return failure("%s: gradients of some of q, k and v alone are not available on the GPU yet", op);
+  }
+  return {};
 }
 
 // The mask of a valid problem. An unbounded side is as wide as it can matter, which keeps sums within 32 bits.

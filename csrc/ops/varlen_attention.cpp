@@ -60,9 +60,22 @@ Status varlen_attention(const VarlenAttention& problem, const Threads& threads) 
   return {};
 }
 
+std::size_t varlen_attention_backward_workspace(const VarlenAttentionBackward&, const Threads&) { return 0; }
+
+Status varlen_attention_backward(const VarlenAttentionBackward& problem, const Threads&) {
+  const Status status = validate(problem);
+  return status.ok() ? failure("varlen_attention_backward: gradients are not available on a CPU yet") : status;
+}
+
 #if !FASTATTN_WITH_CUDA
 
 Status varlen_attention(const VarlenAttention&, Stream) { return built_without_cuda(kOp); }
+
+std::size_t varlen_attention_backward_workspace(const VarlenAttentionBackward&, Stream) { return 0; }
+
+Status varlen_attention_backward(const VarlenAttentionBackward&, Stream) {
+  return built_without_cuda("varlen_attention_backward");
+}
 
 #endif
 

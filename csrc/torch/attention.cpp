@@ -37,13 +37,35 @@ SegmentIds segments_of(const Call<Place>& call, const char* name, const char* ax
   return {ids->template const_data_ptr<std::int32_t>(), batch};
 }
 
+// A problem without its results. Tensors are kept for the core to read.
+template <class Place>
+Attention problem_of(const char* op, const Call<Place>& call, const Tensor& q, const Tensor& k, const Tensor& v,
+                     std::optional<Tensor>& key_bias, std::optional<Tensor>& window_left,
+                     std::optional<Tensor>& window_right, std::optional<Tensor>& rectangles,
+                     std::optional<Tensor>& segments_q, std::optional<Tensor>& segments_k, std::optional<double> scale,
+                     bool causal, const std::optional<std::vector<std::int64_t>>& window, double softcap) {
+  Attention problem{.q = view(q),
+                    .k = view(k),
+                    .v = view(v),
+                    .out = {},
+                    .scale = scale_of(scale, q),
+                    .window = window_of(op, causal, window),
+                    .softcap = static_cast<float>(softcap),
+                    .key_bias = call.key_bias("key_bias", key_bias, q, k)};
+  call.set_head_windows(window_left, window_right, q, problem);
+  problem.rectangles = rectangles_of(call, rectangles, q);
+  problem.segments.q = segments_of(call, "segments_q", "[batch or 1, seq_q]", segments_q, q, q);
+  problem.segments.k = segments_of(call, "segments_k", "[batch or 1, seq_k]", segments_k, q, k);
+  return problem;
+}
+
 template <class Place>
 std::tuple<Tensor, Tensor> attention(Tensor q, Tensor k, Tensor v, std::optional<Tensor> sinks,
                                      std::optional<Tensor> key_bias, std::optional<Tensor> window_left,
                                      std::optional<Tensor> window_right, std::optional<Tensor> rectangles,
                                      std::optional<Tensor> segments_q, std::optional<Tensor> segments_k,
                                      std::optional<double> scale, bool causal,
-                                     std::optional<std::vector<std::int64_t>> window, double softcap) {
+                                     std::optional<std::vector<std::int64_t>> window, double softcap, bool) {
   constexpr const char* kOp = "attention";
   const Call<Place> call(kOp, q);
   q = call.input("q", q);
@@ -53,20 +75,11 @@ std::tuple<Tensor, Tensor> attention(Tensor q, Tensor k, Tensor v, std::optional
   const std::int64_t rows[] = {q.sizes()[0], q.sizes()[2], q.sizes()[1]};
   const Tensor out = allocate(q, std::array{q.sizes()[0], q.sizes()[1], q.sizes()[2], v.sizes()[3]}, q.scalar_type());
   const Tensor lse = allocate(q, rows, ScalarType::Float);
-  Attention problem{.q = view(q),
-                    .k = view(k),
-                    .v = view(v),
-                    .out = view(out),
-                    .lse = lse.mutable_data_ptr<float>(),
-                    .scale = scale_of(scale, q),
-                    .window = window_of(kOp, causal, window),
-                    .softcap = static_cast<float>(softcap),
-                    .key_bias = call.key_bias("key_bias", key_bias, q, k),
-                    .sinks = call.head_values("sinks", sinks, q)};
-  call.set_head_windows(window_left, window_right, q, problem);
-  problem.rectangles = rectangles_of(call, rectangles, q);
-  problem.segments.q = segments_of(call, "segments_q", "[batch or 1, seq_q]", segments_q, q, q);
-  problem.segments.k = segments_of(call, "segments_k", "[batch or 1, seq_k]", segments_k, q, k);
+  Attention problem = problem_of(kOp, call, q, k, v, key_bias, window_left, window_right, rectangles, segments_q,
+                                 segments_k, scale, causal, window, softcap);
+  problem.out = view(out);
+  problem.lse = lse.mutable_data_ptr<float>();
+  problem.sinks = call.head_values("sinks", sinks, q);
   const Workspace workspace(q, attention_workspace(problem, place.executor));
   problem.workspace = workspace.address();
   require(fastattn::attention(problem, place.executor));
@@ -74,13 +87,15 @@ std::tuple<Tensor, Tensor> attention(Tensor q, Tensor k, Tensor v, std::optional
 }
 
 template <class Place>
-std::tuple<Tensor, Tensor, Tensor> attention_backward(Tensor dout, std::optional<Tensor> dlse, Tensor q, Tensor k,
-                                                      Tensor v, Tensor out, Tensor lse,
-                                                      std::optional<Tensor> window_left,
-                                                      std::optional<Tensor> window_right, std::optional<double> scale,
-                                                      bool causal, std::optional<std::vector<std::int64_t>> window) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
+    Tensor dout, std::optional<Tensor> dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,
+    std::optional<Tensor> key_bias, std::optional<Tensor> window_left, std::optional<Tensor> window_right,
+    std::optional<Tensor> rectangles, std::optional<Tensor> segments_q, std::optional<Tensor> segments_k,
+    std::optional<double> scale, bool causal, std::optional<std::vector<std::int64_t>> window, double softcap,
+    bool deterministic, std::vector<bool> wanted) {
   constexpr const char* kOp = "attention_backward";
   const Call<Place> call(kOp, q);
+  call.check_wanted(wanted, 4);
   q = call.input("q", q);
   k = call.input("k", k);
   v = call.input("v", v);
@@ -91,26 +106,27 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(Tensor dout, std::optional
     dlse = call.row_statistics("dlse", *dlse, q);
   }
   const Place place(q);
-  const Tensor dq = allocate_like(q);
-  const Tensor dk = allocate_like(k);
-  const Tensor dv = allocate_like(v);
-  AttentionBackward problem{.forward = {.q = view(q),
-                                        .k = view(k),
-                                        .v = view(v),
-                                        .out = view(out),
-                                        .lse = lse.mutable_data_ptr<float>(),
-                                        .scale = scale_of(scale, q),
-                                        .window = window_of(kOp, causal, window)},
+  const Tensor dq = allocate_gradient(q, wanted[0]);
+  const Tensor dk = allocate_gradient(k, wanted[1]);
+  const Tensor dv = allocate_gradient(v, wanted[2]);
+  const Tensor dkey_bias = key_bias && wanted[3]
+                               ? allocate(q, std::array{q.sizes()[0], q.sizes()[2], k.sizes()[1]}, ScalarType::Float)
+                               : allocate(q, std::array{std::int64_t{0}}, ScalarType::Float);
+  AttentionBackward problem{.forward = problem_of(kOp, call, q, k, v, key_bias, window_left, window_right, rectangles,
+                                                  segments_q, segments_k, scale, causal, window, softcap),
                             .dout = view(dout),
                             .dlse = dlse ? dlse->const_data_ptr<float>() : nullptr,
-                            .dq = view(dq),
-                            .dk = view(dk),
-                            .dv = view(dv)};
-  call.set_head_windows(window_left, window_right, q, problem.forward);
+                            .dq = gradient_view(dq),
+                            .dk = gradient_view(dk),
+                            .dv = gradient_view(dv),
+                            .dkey_bias = dkey_bias.numel() > 0 ? dkey_bias.mutable_data_ptr<float>() : nullptr,
+                            .deterministic = deterministic};
+  problem.forward.out = view(out);
+  problem.forward.lse = lse.mutable_data_ptr<float>();
   const Workspace workspace(q, attention_backward_workspace(problem, place.executor));
   problem.workspace = workspace.address();
   require(fastattn::attention_backward(problem, place.executor));
-  return {dq, dk, dv};
+  return {dq, dk, dv, dkey_bias};
 }
 
 }  // namespace

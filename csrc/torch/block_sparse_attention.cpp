@@ -12,7 +12,7 @@ namespace {
 template <class Place>
 std::tuple<Tensor, Tensor> block_sparse_attention(Tensor q, Tensor k, Tensor v, Tensor counts, Tensor indices,
                                                   std::optional<Tensor> full, Shape block_size, bool causal,
-                                                  std::optional<double> scale) {
+                                                  std::optional<double> scale, bool) {
   constexpr const char* kOp = "block_sparse_attention";
   const Call<Place> call(kOp, q);
   q = call.input("q", q);
@@ -40,9 +40,11 @@ template <class Place>
 std::tuple<Tensor, Tensor, Tensor> block_sparse_attention_backward(
     Tensor dout, std::optional<Tensor> dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor counts,
     Tensor indices, std::optional<Tensor> full, Tensor column_counts, Tensor column_indices,
-    std::optional<Tensor> column_full, Shape block_size, bool causal, std::optional<double> scale) {
+    std::optional<Tensor> column_full, Shape block_size, bool causal, std::optional<double> scale, bool deterministic,
+    std::vector<bool> wanted) {
   constexpr const char* kOp = "block_sparse_attention_backward";
   const Call<Place> call(kOp, q);
+  call.check_wanted(wanted, 3);
   q = call.input("q", q);
   k = call.input("k", k);
   v = call.input("v", v);
@@ -58,9 +60,9 @@ std::tuple<Tensor, Tensor, Tensor> block_sparse_attention_backward(
   require(full.has_value() == column_full.has_value(), kOp,
           ": column_full must be given where full is, and only there");
   const Place place(q);
-  const Tensor dq = allocate_like(q);
-  const Tensor dk = allocate_like(k);
-  const Tensor dv = allocate_like(v);
+  const Tensor dq = allocate_gradient(q, wanted[0]);
+  const Tensor dk = allocate_gradient(k, wanted[1]);
+  const Tensor dv = allocate_gradient(v, wanted[2]);
   BlockSparseAttentionBackward problem{
       .forward = {.q = view(q),
                   .k = view(k),
@@ -71,9 +73,10 @@ std::tuple<Tensor, Tensor, Tensor> block_sparse_attention_backward(
                   .blocks = lists_of(q, k, grid, block_size, causal, rows.rows(), columns.rows())},
       .dout = view(dout),
       .dlse = dlse ? dlse->const_data_ptr<float>() : nullptr,
-      .dq = view(dq),
-      .dk = view(dk),
-      .dv = view(dv)};
+      .dq = gradient_view(dq),
+      .dk = gradient_view(dk),
+      .dv = gradient_view(dv),
+      .deterministic = deterministic};
   const Workspace workspace(q, block_sparse_attention_backward_workspace(problem, place.executor));
   problem.workspace = workspace.address();
   require(fastattn::block_sparse_attention_backward(problem, place.executor));

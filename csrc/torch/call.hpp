@@ -105,6 +105,14 @@ inline Tensor allocate(const Tensor& like, torch::headeronly::IntHeaderOnlyArray
 
 inline Tensor allocate_like(const Tensor& tensor) { return allocate(tensor, tensor.sizes(), tensor.scalar_type()); }
 
+// What a backward returns for `tensor`: no elements where that is not wanted.
+inline Tensor allocate_gradient(const Tensor& tensor, bool wanted) {
+  return wanted ? allocate_like(tensor) : allocate(tensor, std::array{std::int64_t{0}}, tensor.scalar_type());
+}
+
+// Of such a gradient. One without elements has no data to the core.
+inline TensorView gradient_view(const Tensor& gradient) { return gradient.numel() > 0 ? view(gradient) : TensorView{}; }
+
 inline Tensor compact_copy(const Tensor& tensor) {
   Tensor copy = allocate_like(tensor);
   return torch::stable::copy_(copy, tensor);
@@ -181,6 +189,12 @@ class Call {
   Tensor gradient(const char* name, const Tensor& tensor) const {
     check(name, tensor);
     return last_dim_is_contiguous(tensor) && Place::addresses(tensor) ? tensor : compact_copy(tensor);
+  }
+
+  // Which gradients a backward is to compute.
+  void check_wanted(const std::vector<bool>& wanted, std::size_t gradients) const {
+    require(wanted.size() == gradients, op_, ": wanted must have one value for each of ", gradients, " gradients, got ",
+            wanted.size());
   }
 
   // An array of this very type and shape; `axes` is what the shape means.

@@ -76,8 +76,8 @@ struct Options {
 
 template <class Place>
 std::tuple<Tensor, Tensor> neighborhood_attention(Tensor q, Tensor k, Tensor v, Shape window, Shape stride,
-                                                  Shape dilation, std::vector<bool> causal,
-                                                  std::optional<double> scale) {
+                                                  Shape dilation, std::vector<bool> causal, std::optional<double> scale,
+                                                  bool) {
   constexpr const char* kOp = "neighborhood_attention";
   const Call<Place> call(kOp, q);
   const Shape lengths = lengths_of(kOp, q);
@@ -107,13 +107,15 @@ std::tuple<Tensor, Tensor, Tensor> neighborhood_attention_backward(Tensor dout, 
                                                                    Tensor k, Tensor v, Tensor out, Tensor lse,
                                                                    Shape window, Shape stride, Shape dilation,
                                                                    std::vector<bool> causal,
-                                                                   std::optional<double> scale) {
+                                                                   std::optional<double> scale, bool deterministic,
+                                                                   std::vector<bool> wanted) {
   constexpr const char* kOp = "neighborhood_attention_backward";
   const Call<Place> call(kOp, q);
+  call.check_wanted(wanted, 3);
   const Shape lengths = lengths_of(kOp, q);
-  const Tensor dq = allocate_like(q);
-  const Tensor dk = allocate_like(k);
-  const Tensor dv = allocate_like(v);
+  const Tensor dq = allocate_gradient(q, wanted[0]);
+  const Tensor dk = allocate_gradient(k, wanted[1]);
+  const Tensor dv = allocate_gradient(v, wanted[2]);
   q = call.input("q", flatten(kOp, "q", q, lengths, 1));
   k = call.input("k", flatten(kOp, "k", k, lengths, 1));
   v = call.input("v", flatten(kOp, "v", v, lengths, 1));
@@ -124,6 +126,9 @@ std::tuple<Tensor, Tensor, Tensor> neighborhood_attention_backward(Tensor dout, 
     dlse = call.row_statistics("dlse", flatten(kOp, "dlse", *dlse, lengths, 2), q);
   }
   const Place place(q);
+  const auto flat_view = [&](const char* name, const Tensor& gradient) {
+    return gradient.numel() > 0 ? view(flatten(kOp, name, gradient, lengths, 1)) : TensorView{};
+  };
   NeighborhoodAttentionBackward problem{
       .forward = {.q = view(q),
                   .k = view(k),
@@ -134,9 +139,10 @@ std::tuple<Tensor, Tensor, Tensor> neighborhood_attention_backward(Tensor dout, 
                   .axes = Options{window, stride, dilation, causal}.axes(kOp, lengths)},
       .dout = view(dout),
       .dlse = dlse ? dlse->const_data_ptr<float>() : nullptr,
-      .dq = view(flatten(kOp, "dq", dq, lengths, 1)),
-      .dk = view(flatten(kOp, "dk", dk, lengths, 1)),
-      .dv = view(flatten(kOp, "dv", dv, lengths, 1))};
+      .dq = flat_view("dq", dq),
+      .dk = flat_view("dk", dk),
+      .dv = flat_view("dv", dv),
+      .deterministic = deterministic};
   const Workspace workspace(q, neighborhood_attention_backward_workspace(problem, place.executor));
   problem.workspace = workspace.address();
   require(fastattn::neighborhood_attention_backward(problem, place.executor));

@@ -30,7 +30,8 @@ SigmoidAttention problem_of(const char* op, const Call<Place>& call, const Tenso
 
 template <class Place>
 Tensor sigmoid_attention(Tensor q, Tensor k, Tensor v, std::optional<Tensor> bias, std::optional<double> constant_bias,
-                         std::optional<double> scale, bool causal, std::optional<std::vector<std::int64_t>> window) {
+                         std::optional<double> scale, bool causal, std::optional<std::vector<std::int64_t>> window,
+                         bool) {
   constexpr const char* kOp = "sigmoid_attention";
   const Call<Place> call(kOp, q);
   q = call.input("q", q);
@@ -51,26 +52,30 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sigmoid_attention_backward(Tensor dou
                                                                       std::optional<Tensor> bias,
                                                                       std::optional<double> constant_bias,
                                                                       std::optional<double> scale, bool causal,
-                                                                      std::optional<std::vector<std::int64_t>> window) {
+                                                                      std::optional<std::vector<std::int64_t>> window,
+                                                                      bool deterministic, std::vector<bool> wanted) {
   constexpr const char* kOp = "sigmoid_attention_backward";
   const Call<Place> call(kOp, q);
+  call.check_wanted(wanted, 4);
   q = call.input("q", q);
   k = call.input("k", k);
   v = call.input("v", v);
   dout = call.gradient("dout", dout);
   const Place place(q);
-  const Tensor dq = allocate_like(q);
-  const Tensor dk = allocate_like(k);
-  const Tensor dv = allocate_like(v);
-  const std::int64_t biases[] = {bias ? q.sizes()[2] : 0};
+  const Tensor dq = allocate_gradient(q, wanted[0]);
+  const Tensor dk = allocate_gradient(k, wanted[1]);
+  const Tensor dv = allocate_gradient(v, wanted[2]);
+  const bool wants_dbias = bias && wanted[3];
+  const std::int64_t biases[] = {wants_dbias ? q.sizes()[2] : 0};
   const Tensor dbias = allocate(q, biases, ScalarType::Float);
   SigmoidAttentionBackward problem{
       .forward = problem_of(kOp, call, q, k, v, bias, constant_bias, scale, causal, window),
       .dout = view(dout),
-      .dq = view(dq),
-      .dk = view(dk),
-      .dv = view(dv),
-      .dbias = bias ? dbias.mutable_data_ptr<float>() : nullptr};
+      .dq = gradient_view(dq),
+      .dk = gradient_view(dk),
+      .dv = gradient_view(dv),
+      .dbias = wants_dbias ? dbias.mutable_data_ptr<float>() : nullptr,
+      .deterministic = deterministic};
   const Workspace workspace(q, sigmoid_attention_backward_workspace(problem, place.executor));
   problem.workspace = workspace.address();
   require(fastattn::sigmoid_attention_backward(problem, place.executor));

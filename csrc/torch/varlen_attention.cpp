@@ -16,7 +16,7 @@ std::tuple<Tensor, Tensor> varlen_attention(Tensor q, Tensor k, Tensor v, Tensor
                                             std::optional<std::int64_t> max_seqlen_q,
                                             std::optional<std::int64_t> max_seqlen_k, std::optional<double> scale,
                                             bool causal, std::optional<std::vector<std::int64_t>> window,
-                                            double softcap) {
+                                            double softcap, bool) {
   constexpr const char* kOp = "varlen_attention";
   const Call<Place> call(kOp, q);
   q = call.packed_input("q", q);

@@ -72,7 +72,7 @@ struct Window {
 struct Attention {
   TensorView q;          // [batch, seq_q, heads, head_dim]
   TensorView k;          // [batch, seq_k, kv_heads, head_dim]; heads is a multiple of kv_heads
-  TensorView v;          // [batch, seq_k, kv_heads, value_dim]; the backward wants head_dim
+  TensorView v;          // [batch, seq_k, kv_heads, value_dim]
   TensorView out;        // [batch, seq_q, heads, value_dim]
   float* lse = nullptr;  // [batch, heads, seq_q], contiguous: natural log-sum-exp of each row's scores
   float scale = 1.f;
@@ -80,11 +80,11 @@ struct Attention {
   // [heads], in memory of the device: sides of each head's own, of which and the window's the narrower ones count;
   // below 0 unbounded. Null: the window's.
   const std::int32_t *head_left = nullptr, *head_right = nullptr;
-  float softcap = 0.f;           // scaled scores become softcap · tanh(score / softcap); 0: they stay. Forward only
-  KeyBias key_bias = {};         // then these are added. Forward only
+  float softcap = 0.f;           // scaled scores become softcap · tanh(score / softcap); 0: they stay
+  KeyBias key_bias = {};         // then these are added
   const float* sinks = nullptr;  // [heads], in memory of the device: a logit in each row's sum; null: none
-  // Scores that are seen in addition to the window's, and segments of tokens, outside of which none is. Forward only,
-  // and without a softcap or a key_bias.
+  // Scores that are seen in addition to the window's, and segments of tokens, outside of which none is. Without a
+  // softcap or a key_bias.
   Rectangles rectangles = {};
   Segments segments = {};
   void* workspace = nullptr;  // attention_workspace(…) bytes, 256-byte aligned
@@ -98,12 +98,15 @@ std::size_t attention_workspace(const Attention& problem, Stream stream);
 Status attention(const Attention& problem, const Threads& threads);
 Status attention(const Attention& problem, Stream stream);
 
-// Gradients of `attention`: from those of `out` and `lse` to those of q, k and v.
+// Gradients of `attention`: from those of `out` and `lse` to those of q, k, v and key_bias. What every backward of an
+// op takes: a gradient without data is not wanted, nor computed where that saves anything.
 struct AttentionBackward {
   Attention forward;            // the problem, with the `out` and `lse` that it produced
   TensorView dout;              // like out
   const float* dlse = nullptr;  // like lse; null means zero
   TensorView dq, dk, dv;        // like q, k, v
+  float* dkey_bias = nullptr;   // [batch, heads, seq_k], contiguous: of each key's bias for each head; null: not wanted
+  bool deterministic = false;   // the same bits every time; always so on a CPU
   void* workspace = nullptr;    // attention_backward_workspace(…) bytes, 256-byte aligned; on the CPU or on the device
 };
 
@@ -134,6 +137,21 @@ struct VarlenAttention {
 Status varlen_attention(const VarlenAttention& problem, const Threads& threads);
 Status varlen_attention(const VarlenAttention& problem, Stream stream);
 
+// Gradients of `varlen_attention`; those of tokens that see nothing, or that nothing sees, are 0.
+struct VarlenAttentionBackward {
+  VarlenAttention forward;      // the problem, with the `out` and `lse` that it produced
+  TensorView dout;              // like out
+  const float* dlse = nullptr;  // like lse; null means zero
+  TensorView dq, dk, dv;        // like q, k, v; one without data is not wanted
+  bool deterministic = false;   // the same bits every time; always so on a CPU
+  void* workspace = nullptr;    // varlen_attention_backward_workspace(…) bytes, 256-byte aligned
+};
+
+std::size_t varlen_attention_backward_workspace(const VarlenAttentionBackward& problem, const Threads& threads);
+std::size_t varlen_attention_backward_workspace(const VarlenAttentionBackward& problem, Stream stream);
+Status varlen_attention_backward(const VarlenAttentionBackward& problem, const Threads& threads);
+Status varlen_attention_backward(const VarlenAttentionBackward& problem, Stream stream);
+
 // block_sparse_attention: `attention` on the blocks of scores that a list names for every head.
 
 struct BlockSparseAttention {
@@ -153,7 +171,8 @@ struct BlockSparseAttentionBackward {
   BlockSparseAttention forward;  // the problem, with the `out` and `lse` that it produced
   TensorView dout;               // like out
   const float* dlse = nullptr;   // like lse; null means zero
-  TensorView dq, dk, dv;         // like q, k, v
+  TensorView dq, dk, dv;         // like q, k, v; one without data is not wanted
+  bool deterministic = false;    // the same bits every time; always so on a CPU
   void* workspace = nullptr;     // block_sparse_attention_backward_workspace(…) bytes, 256-byte aligned
 };
 
@@ -183,7 +202,8 @@ struct NeighborhoodAttentionBackward {
   NeighborhoodAttention forward;  // the problem, with the `out` and `lse` that it produced
   TensorView dout;                // like out
   const float* dlse = nullptr;    // like lse; null means zero
-  TensorView dq, dk, dv;          // like q, k, v
+  TensorView dq, dk, dv;          // like q, k, v; one without data is not wanted
+  bool deterministic = false;     // the same bits every time; always so on a CPU
   void* workspace = nullptr;      // neighborhood_attention_backward_workspace(…) bytes, 256-byte aligned
 };
 
@@ -212,10 +232,11 @@ Status sigmoid_attention(const SigmoidAttention& problem, Stream stream);
 // Gradients of `sigmoid_attention`. It needs neither the output nor anything else of the forward.
 struct SigmoidAttentionBackward {
   SigmoidAttention forward;
-  TensorView dout;            // like out
-  TensorView dq, dk, dv;      // like q, k, v
-  float* dbias = nullptr;     // [heads]: of each head's bias; null if it is not wanted
-  void* workspace = nullptr;  // sigmoid_attention_backward_workspace(…) bytes, 256-byte aligned
+  TensorView dout;             // like out
+  TensorView dq, dk, dv;       // like q, k, v; one without data is not wanted
+  float* dbias = nullptr;      // [heads]: of each head's bias; null if it is not wanted
+  bool deterministic = false;  // the same bits every time; always so on a CPU
+  void* workspace = nullptr;   // sigmoid_attention_backward_workspace(…) bytes, 256-byte aligned
 };
 
 std::size_t sigmoid_attention_backward_workspace(const SigmoidAttentionBackward& problem, const Threads& threads);

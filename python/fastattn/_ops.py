@@ -5,11 +5,12 @@ and vmap, and the FLOP count are the fields of `Op`; each op's module fills in o
 backward.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 NAMESPACE = "fastattn"
@@ -43,6 +44,36 @@ class Op:
     """Under autocast, so many of the first tensors are cast to autocast's dtype."""
     has_batch: bool = True
     """Do its tensors begin with one? Only then can vmap add to it."""
+
+
+# What the ops' rows share.
+
+
+def is_deterministic(deterministic: bool | None) -> bool:
+    """What an op is told: None follows torch."""
+    return torch.are_deterministic_algorithms_enabled() if deterministic is None else deterministic
+
+
+def needed_gradients(ctx: Any) -> tuple[bool, ...]:
+    """In `Op.backward`: which of the tensor parameters want a gradient."""
+    _keys, _options, *needed = ctx.needs_input_grad
+    return tuple(needed)
+
+
+def gradient_fake(tensor: Tensor, wanted: bool) -> Tensor:
+    """An op returns no elements for what is not wanted."""
+    return tensor.new_empty(tensor.shape if wanted else (0,))
+
+
+def only_wanted(gradients: Sequence[Tensor], wanted: Sequence[bool]) -> tuple[Tensor | None, ...]:
+    return tuple(gradient if is_wanted else None for gradient, is_wanted in zip(gradients, wanted, strict=True))
+
+
+def backward_flops_per_score(wanted: Sequence[bool], head_dim: int, value_dim: int) -> int:
+    """All of dq, dk and dv take five matrix products; `wanted` may go on with gradients that are sums."""
+    dq, dk, dv, *sums = wanted
+    of_scores = dq or dk or any(sums)
+    return 2 * (head_dim * ((of_scores or dv) + dq + dk) + value_dim * (of_scores + dv))
 
 
 def register(op: Op) -> None:

@@ -6,7 +6,15 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from ._ops import Op, register
+from ._ops import (
+    Op,
+    backward_flops_per_score,
+    gradient_fake,
+    is_deterministic,
+    needed_gradients,
+    only_wanted,
+    register,
+)
 
 UNBOUNDED = -1
 """A side of a window without bound."""
@@ -32,6 +40,7 @@ def attention(
     sinks: Tensor | None = ...,
     rectangles: Tensor | None = ...,
     segment_ids: SegmentIds | None = ...,
+    deterministic: bool | None = ...,
     return_lse: Literal[False] = ...,
 ) -> Tensor: ...
 
@@ -50,6 +59,7 @@ def attention(
     sinks: Tensor | None = ...,
     rectangles: Tensor | None = ...,
     segment_ids: SegmentIds | None = ...,
+    deterministic: bool | None = ...,
     return_lse: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...
 
@@ -67,6 +77,7 @@ def attention(
     sinks: Tensor | None = None,
     rectangles: Tensor | None = None,
     segment_ids: SegmentIds | None = None,
+    deterministic: bool | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     r"""Softmax attention, ``softmax(scale · q kᵀ) v``, computed tile by tile and never stored as a matrix.
@@ -104,6 +115,8 @@ def attention(
             are equal, on the device of ``q``: a query sees only keys whose id is its own, in the band and in rectangles
             alike. Ids may come in any order; segments that are not cut into pieces are fast, for whole tiles are left
             out.
+        deterministic: the same gradients, bit for bit, in every run; if None, as torch is told by
+            ``torch.use_deterministic_algorithms``. The output always is, and on a CPU so are the gradients.
         return_lse: return the log-sum-exp of each row as well.
 
     Returns:
@@ -130,7 +143,17 @@ def attention(
         raise ValueError(f"attention: segment_ids must be those of queries and of keys, got {len(segments)} tensors")
     masks = (left, right, rectangles, *segments)
     out, lse = torch.ops.fastattn.attention(
-        q, k, v, sinks, key_bias, *masks, scale=scale, causal=causal, window=of_all, softcap=softcap or 0.0
+        q,
+        k,
+        v,
+        sinks,
+        key_bias,
+        *masks,
+        scale=scale,
+        causal=causal,
+        window=of_all,
+        softcap=softcap or 0.0,
+        deterministic=is_deterministic(deterministic),
     )
     return (out, lse) if return_lse else out
 
@@ -184,9 +207,14 @@ def _backward_flops(
     k: Sequence[int],
     v: Sequence[int],
     *rest: Any,
-    **options: Any,
+    wanted: Sequence[bool] = (True,) * 4,
+    causal: bool = False,
+    window: Sequence[int] | None = None,
+    **_: Any,
 ) -> int:
-    return forward_flops(q, k, v, **options) * 5 // 2  # five matrix products instead of two
+    batch, seq_q, heads, head_dim = q
+    scores = batch * heads * kept_scores(seq_q, k[1], causal, window)
+    return scores * backward_flops_per_score(wanted, head_dim, v[3])
 
 
 # What other ops that return an output and a log-sum-exp share; `rest` is what their masks are made of.
@@ -198,9 +226,16 @@ def forward_fake(q: Tensor, k: Tensor, v: Tensor, *rest: Tensor | None, **_: Any
 
 
 def backward_fake(
-    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *rest: Tensor | None, **_: Any
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *rest: Tensor | None,
+    wanted: Sequence[bool] = (True,) * 3,
+    **_: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    return gradient_fake(q, wanted[0]), gradient_fake(k, wanted[1]), gradient_fake(v, wanted[2])
 
 
 def save_inputs_and_outputs(
@@ -211,36 +246,53 @@ def save_inputs_and_outputs(
     ctx.options = options
 
 
+def _backward_fake(
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    key_bias: Tensor | None = None,
+    *rest: Tensor | None,
+    wanted: Sequence[bool] = (True,) * 4,
+    **_: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    batch, _seq_q, heads, _head_dim = q.shape
+    has_bias = wanted[3] and key_bias is not None
+    dkey_bias = q.new_empty((batch, heads, k.shape[1]) if has_bias else (0,), dtype=torch.float32)
+    return *backward_fake(dout, dlse, q, k, v, wanted=wanted), dkey_bias
+
+
 def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
     if dout is None and dlse is None:
         return (None,) * 10
-    q, k, v, sinks, key_bias, left, right, rectangles, segments_q, _segments_k, out, lse = ctx.saved_tensors
-    options = dict(ctx.options)
-    if options.pop("softcap") or key_bias is not None:
-        raise NotImplementedError("fastattn::attention has no gradient with softcap or key_bias yet")
-    if rectangles is not None or segments_q is not None:
-        raise NotImplementedError("fastattn::attention has no gradient with rectangles or segment_ids yet")
-    if v.shape[3] != q.shape[3]:
-        raise NotImplementedError(
-            f"fastattn::attention has no gradient where v has another head_dim than q yet, got {v.shape[3]} and "
-            f"{q.shape[3]}"
-        )
+    q, k, v, sinks, key_bias, *masks, out, lse = ctx.saved_tensors
     dout = torch.zeros_like(out) if dout is None else dout
-    dq, dk, dv = torch.ops.fastattn.attention_backward(dout, dlse, q, k, v, out, lse, left, right, **options)
-    return dq, dk, dv, _sinks_gradient(dout, dlse, sinks, out, lse), *(None,) * 6
+    needs_q, needs_k, needs_v, needs_sinks, needs_bias, *_ = needed_gradients(ctx)
+    wanted = (needs_q, needs_k, needs_v, needs_bias)
+    dq = dk = dv = dkey_bias = None
+    if any(wanted):
+        gradients = torch.ops.fastattn.attention_backward(
+            dout, dlse, q, k, v, out, lse, key_bias, *masks, **ctx.options, wanted=wanted
+        )
+        dq, dk, dv, dkey_bias = only_wanted(gradients, wanted)
+    if dkey_bias is not None:
+        dkey_bias = dkey_bias.sum_to_size(key_bias.shape)
+    dsinks = sinks_gradient(dout, dlse, sinks, out, lse) if needs_sinks else None
+    return dq, dk, dv, dsinks, dkey_bias, *(None,) * 5
 
 
-def _sinks_gradient(dout: Tensor, dlse: Tensor | None, sinks: Tensor | None, out: Tensor, lse: Tensor) -> Tensor | None:
+def sinks_gradient(dout: Tensor, dlse: Tensor | None, sinks: Tensor, out: Tensor, lse: Tensor) -> Tensor:
     """A sink is a score whose value is 0."""
-    if sinks is None or not sinks.requires_grad:
-        return None
     delta = (dout.float() * out.float()).sum(-1).transpose(1, 2)
     delta = delta if dlse is None else delta - dlse
     weight = (sinks[:, None] - lse).exp()
     return -(weight * delta).sum((0, 2))
 
 
-_BAND = "float? scale=None, bool causal=False, int[]? window=None"
+_OPTIONS = "float? scale=None, bool causal=False, int[]? window=None, float softcap=0.0, bool deterministic=False"
 _HEAD_WINDOWS = "Tensor? window_left=None, Tensor? window_right=None"
 _REGIONS = "Tensor? rectangles=None, Tensor? segments_q=None, Tensor? segments_k=None"
 
@@ -248,7 +300,7 @@ register(
     Op(
         name="attention",
         schema=f"(Tensor q, Tensor k, Tensor v, Tensor? sinks=None, Tensor? key_bias=None, {_HEAD_WINDOWS}, "
-        f"{_REGIONS}, *, {_BAND}, float softcap=0.0) -> (Tensor out, Tensor lse)",
+        f"{_REGIONS}, *, {_OPTIONS}) -> (Tensor out, Tensor lse)",
         fake=forward_fake,
         flops=forward_flops,
         setup_context=save_inputs_and_outputs,
@@ -259,9 +311,10 @@ register(
 register(
     Op(
         name="attention_backward",
-        schema=f"(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_HEAD_WINDOWS}, *, "
-        f"{_BAND}) -> (Tensor dq, Tensor dk, Tensor dv)",
-        fake=backward_fake,
+        schema="(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+        f"Tensor? key_bias=None, {_HEAD_WINDOWS}, {_REGIONS}, *, {_OPTIONS}, bool[4] wanted=[True, True, True, True]) "
+        "-> (Tensor dq, Tensor dk, Tensor dv, Tensor dkey_bias)",
+        fake=_backward_fake,
         flops=_backward_flops,
     )
 )

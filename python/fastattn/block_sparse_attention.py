@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 
-from ._ops import Op, register
+from ._ops import Op, backward_flops_per_score, is_deterministic, needed_gradients, only_wanted, register
 from .attention import backward_fake, forward_fake, kept_scores, save_inputs_and_outputs
 from .block_list import BlockList
 
@@ -20,6 +20,7 @@ def block_sparse_attention(
     blocks: BlockList,
     *,
     scale: float | None = ...,
+    deterministic: bool | None = ...,
     return_lse: Literal[False] = ...,
 ) -> Tensor: ...
 
@@ -32,6 +33,7 @@ def block_sparse_attention(
     blocks: BlockList,
     *,
     scale: float | None = ...,
+    deterministic: bool | None = ...,
     return_lse: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...
 
@@ -43,6 +45,7 @@ def block_sparse_attention(
     blocks: BlockList,
     *,
     scale: float | None = None,
+    deterministic: bool | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     r"""Softmax attention on the blocks of scores that ``blocks`` lists; the others are skipped.
@@ -60,6 +63,7 @@ def block_sparse_attention(
         blocks: the blocks that each query head keeps, made for ``seq_q`` queries and ``seq_k`` keys, on the device of
             ``q``. A ``BlockList`` may also hide the keys after each query, see ``causal`` there.
         scale: multiplies the scores, finite and positive; ``1 / sqrt(head_dim)`` if None.
+        deterministic: the same gradients in every run, as in ``fastattn.attention``.
         return_lse: return the log-sum-exp of each row as well.
 
     Returns:
@@ -94,6 +98,7 @@ def block_sparse_attention(
         block_size=blocks.block_size,
         causal=blocks.causal,
         scale=scale,
+        deterministic=is_deterministic(deterministic),
     )
     return (out, lse) if return_lse else out
 
@@ -113,10 +118,9 @@ def block_list(
     return BlockList(counts.contiguous(), indices.contiguous(), q.shape[1], k.shape[1], (size_q, size_k), full, causal)
 
 
-def _forward_flops(
+def _kept_scores(
     q: Tensor,
     k: Tensor,
-    v: Tensor,
     counts: Tensor,
     indices: Tensor,
     full: Tensor | None = None,
@@ -125,14 +129,16 @@ def _forward_flops(
     causal: bool = False,
     **_: Any,
 ) -> int:
-    """Of the kept scores, which waits for the device. Of tensors without data: as if every block were listed."""
-    batch, seq_q, heads, head_dim = q.shape
+    """Counting them waits for the device. Of tensors without data: as if every block were listed."""
+    batch, seq_q, heads, _head_dim = q.shape
     if is_fake(counts) or counts.is_meta:
-        kept = batch * heads * kept_scores(seq_q, k.shape[1], causal and full is None)
-    else:
-        per_head = block_list(q, k, counts, indices, full, block_size, causal).kept_scores
-        kept = int(per_head.expand(batch, heads).sum())
-    return 4 * head_dim * kept
+        return batch * heads * kept_scores(seq_q, k.shape[1], causal and full is None)
+    per_head = block_list(q, k, counts, indices, full, block_size, causal).kept_scores
+    return int(per_head.expand(batch, heads).sum())
+
+
+def _forward_flops(q: Tensor, k: Tensor, v: Tensor, *blocks: Any, **options: Any) -> int:
+    return 4 * q.shape[3] * _kept_scores(q, k, *blocks, **options)
 
 
 def _backward_flops(
@@ -147,10 +153,11 @@ def _backward_flops(
     indices: Tensor,
     full: Tensor | None,
     *columns: Tensor | None,
+    wanted: Sequence[bool] = (True,) * 3,
     **options: Any,
 ) -> int:
-    # five matrix products instead of two
-    return _forward_flops(q, k, v, counts, indices, full, **options) * 5 // 2
+    scores = _kept_scores(q, k, counts, indices, full, **options)
+    return scores * backward_flops_per_score(wanted, q.shape[3], q.shape[3])
 
 
 def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -160,13 +167,14 @@ def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tenso
     dout = torch.zeros_like(out) if dout is None else dout
     block_size, causal = ctx.options["block_size"], ctx.options["causal"]
     columns = block_list(q, k, counts, indices, full, block_size, causal).transpose()
-    dq, dk, dv = torch.ops.fastattn.block_sparse_attention_backward(
-        dout, dlse, q, k, v, out, lse, counts, indices, full, *columns, **ctx.options
+    wanted = needed_gradients(ctx)[:3]
+    gradients = torch.ops.fastattn.block_sparse_attention_backward(
+        dout, dlse, q, k, v, out, lse, counts, indices, full, *columns, **ctx.options, wanted=wanted
     )
-    return dq, dk, dv, None, None, None
+    return *only_wanted(gradients, wanted), None, None, None
 
 
-_OPTIONS = "int[] block_size, bool causal=False, float? scale=None"
+_OPTIONS = "int[] block_size, bool causal=False, float? scale=None, bool deterministic=False"
 
 register(
     Op(
@@ -187,7 +195,7 @@ register(
         schema="(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
         "Tensor counts, Tensor indices, Tensor? full, "
         "Tensor column_counts, Tensor column_indices, Tensor? column_full, *, "
-        f"{_OPTIONS}) -> (Tensor dq, Tensor dk, Tensor dv)",
+        f"{_OPTIONS}, bool[3] wanted=[True, True, True]) -> (Tensor dq, Tensor dk, Tensor dv)",
         fake=backward_fake,
         flops=_backward_flops,
         flops_read_data=True,

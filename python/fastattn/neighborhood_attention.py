@@ -7,7 +7,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from ._ops import Op, register
+from ._ops import Op, backward_flops_per_score, is_deterministic, needed_gradients, only_wanted, register
 from .attention import attention, backward_fake, save_inputs_and_outputs
 from .axes import WHOLE_AXIS, axis_options
 from .merge_attention import merge_attention
@@ -26,6 +26,7 @@ def neighborhood_attention(
     scale: float | None = ...,
     extra_k: Tensor | None = ...,
     extra_v: Tensor | None = ...,
+    deterministic: bool | None = ...,
     return_lse: Literal[False] = ...,
 ) -> Tensor: ...
 
@@ -43,6 +44,7 @@ def neighborhood_attention(
     scale: float | None = ...,
     extra_k: Tensor | None = ...,
     extra_v: Tensor | None = ...,
+    deterministic: bool | None = ...,
     return_lse: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...
 
@@ -59,6 +61,7 @@ def neighborhood_attention(
     scale: float | None = None,
     extra_k: Tensor | None = None,
     extra_v: Tensor | None = None,
+    deterministic: bool | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     r"""Softmax attention in which each query sees a box of keys around itself, in one, two or three dimensions.
@@ -88,6 +91,7 @@ def neighborhood_attention(
         scale: multiplies the scores, finite and positive; ``1 / sqrt(head_dim)`` if None.
         extra_k, extra_v: ``[batch, n, kv_heads, head_dim]``: context, such as text, that every query sees beside its
             neighborhood.
+        deterministic: the same gradients in every run, as in `fastattn.attention`.
         return_lse: return the log-sum-exp of each row as well.
 
     Returns:
@@ -109,9 +113,14 @@ def neighborhood_attention(
     if (extra_k is None) != (extra_v is None):
         raise ValueError("neighborhood_attention: extra_k and extra_v must be given together, got one of them")
     options = axis_options(max(q.dim() - 3, 1), window, stride, dilation, causal)
-    out, lse = torch.ops.fastattn.neighborhood_attention(q, k, v, **options._asdict(), scale=scale)
+    deterministic = is_deterministic(deterministic)
+    out, lse = torch.ops.fastattn.neighborhood_attention(
+        q, k, v, **options._asdict(), scale=scale, deterministic=deterministic
+    )
     if extra_k is not None and extra_v is not None:
-        tokens = attention(q.flatten(1, -3), extra_k, extra_v, scale=scale, return_lse=True)
+        tokens = attention(
+            q.flatten(1, -3), extra_k, extra_v, scale=scale, deterministic=deterministic, return_lse=True
+        )
         shapes = out.shape, lse.shape
         out, lse = merge_attention(*zip((out.flatten(1, -3), lse.flatten(2)), tokens, strict=True))
         out, lse = out.reshape(shapes[0]), lse.reshape(shapes[1])
@@ -134,10 +143,8 @@ def _kept_along(length: int, window: int, stride: int, dilation: int, causal: bo
     return pairs
 
 
-def _flops(
+def _kept_scores(
     q: Sequence[int],
-    k: Sequence[int],
-    v: Sequence[int],
     *,
     window: Sequence[int],
     stride: Sequence[int],
@@ -145,9 +152,12 @@ def _flops(
     causal: Sequence[bool],
     **_: Any,
 ) -> int:
-    batch, *axes, heads, head_dim = q
-    kept = prod(_kept_along(*axis) for axis in zip(axes, window, stride, dilation, causal, strict=True))
-    return 4 * batch * heads * head_dim * kept
+    batch, *axes, heads, _head_dim = q
+    return batch * heads * prod(_kept_along(*axis) for axis in zip(axes, window, stride, dilation, causal, strict=True))
+
+
+def _flops(q: Sequence[int], k: Sequence[int], v: Sequence[int], **options: Any) -> int:
+    return 4 * q[-1] * _kept_scores(q, **options)
 
 
 def _backward_flops(
@@ -157,9 +167,10 @@ def _backward_flops(
     k: Sequence[int],
     v: Sequence[int],
     *rest: Any,
+    wanted: Sequence[bool] = (True,) * 3,
     **options: Any,
 ) -> int:
-    return _flops(q, k, v, **options) * 5 // 2  # five matrix products instead of two
+    return _kept_scores(q, **options) * backward_flops_per_score(wanted, q[-1], q[-1])
 
 
 def _fake(q: Tensor, k: Tensor, v: Tensor, **_: Any) -> tuple[Tensor, Tensor]:
@@ -172,13 +183,14 @@ def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tenso
         return None, None, None
     q, k, v, out, lse = ctx.saved_tensors
     dout = torch.zeros_like(out) if dout is None else dout
-    gradients: tuple[Tensor, ...] = torch.ops.fastattn.neighborhood_attention_backward(
-        dout, dlse, q, k, v, out, lse, **ctx.options
+    wanted = needed_gradients(ctx)
+    gradients = torch.ops.fastattn.neighborhood_attention_backward(
+        dout, dlse, q, k, v, out, lse, **ctx.options, wanted=wanted
     )
-    return gradients
+    return only_wanted(gradients, wanted)
 
 
-_OPTIONS = "int[] window, int[] stride, int[] dilation, bool[] causal, float? scale=None"
+_OPTIONS = "int[] window, int[] stride, int[] dilation, bool[] causal, float? scale=None, bool deterministic=False"
 
 register(
     Op(
@@ -195,7 +207,7 @@ register(
     Op(
         name="neighborhood_attention_backward",
         schema="(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, *, "
-        f"{_OPTIONS}) -> (Tensor dq, Tensor dk, Tensor dv)",
+        f"{_OPTIONS}, bool[3] wanted=[True, True, True]) -> (Tensor dq, Tensor dk, Tensor dv)",
         fake=backward_fake,
         flops=_backward_flops,
     )

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 
 from ._key_term import key_term, product
-from ._ops import Op, register
+from ._ops import Op, is_deterministic, only_wanted, register
 from ._permute import permute_tokens
 from .attention import kept_scores
 from .block_list import BlockList
@@ -293,9 +293,21 @@ class _StraightThrough(torch.autograd.Function):
         q, k, v, counts, indices, full, out, lse = ctx.saved_tensors
         dout = torch.zeros_like(out) if dout is None else dout
         blocks = _blocks(q, k, counts, indices, full, ctx.block_size, ctx.causal)
+        wanted = ctx.needs_input_grad[:3]
+        options = {"scale": ctx.scale, "deterministic": is_deterministic(None)}
         if blocks is None:
-            gradients = torch.ops.fastattn.attention_backward(
-                dout, dlse, q, k, v, out, lse, scale=ctx.scale, causal=ctx.causal, window=ctx.window
+            *gradients, _ = torch.ops.fastattn.attention_backward(
+                dout,
+                dlse,
+                q,
+                k,
+                v,
+                out,
+                lse,
+                causal=ctx.causal,
+                window=ctx.window,
+                wanted=(*wanted, False),
+                **options,
             )
         else:
             gradients = torch.ops.fastattn.block_sparse_attention_backward(
@@ -312,9 +324,10 @@ class _StraightThrough(torch.autograd.Function):
                 *blocks.transpose(),
                 block_size=blocks.block_size,
                 causal=blocks.causal,
-                scale=ctx.scale,
+                wanted=wanted,
+                **options,
             )
-        return (*gradients, *(None,) * 9)
+        return (*only_wanted(gradients, wanted), *(None,) * 9)
 
 
 def _blocks(

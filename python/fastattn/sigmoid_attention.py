@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._ops import Op, register
-from .attention import forward_flops
+from ._ops import Op, backward_flops_per_score, is_deterministic, needed_gradients, only_wanted, register
+from .attention import backward_fake, forward_flops, kept_scores
 
 
 def sigmoid_attention(
@@ -19,6 +19,7 @@ def sigmoid_attention(
     scale: float | None = None,
     causal: bool = False,
     window: tuple[int, int] | None = None,
+    deterministic: bool | None = None,
 ) -> Tensor:
     r"""Sigmoid attention, ``sigmoid(scale · q kᵀ + bias) v``: each weight stands alone, rows do not sum to 1.
 
@@ -36,6 +37,7 @@ def sigmoid_attention(
         scale: multiplies the scores, finite and positive; ``1 / sqrt(head_dim)`` if None.
         causal: hide the keys after each query.
         window: ``(left, right)``, the number of keys seen on either side of the diagonal; -1 is unbounded.
+        deterministic: the same gradients in every run, as in ``fastattn.attention``.
 
     Returns:
         The output, ``[batch, seq_q, heads, head_dim]``, contiguous, in the dtype of ``q``; 0 for a query that sees no
@@ -54,7 +56,15 @@ def sigmoid_attention(
     else:
         tensor, constant = None, bias
     out: Tensor = torch.ops.fastattn.sigmoid_attention(
-        q, k, v, tensor, constant_bias=constant, scale=scale, causal=causal, window=window
+        q,
+        k,
+        v,
+        tensor,
+        constant_bias=constant,
+        scale=scale,
+        causal=causal,
+        window=window,
+        deterministic=is_deterministic(deterministic),
     )
     return out
 
@@ -66,9 +76,19 @@ def _flops(
 
 
 def _backward_flops(
-    dout: Sequence[int], q: Sequence[int], k: Sequence[int], v: Sequence[int], *rest: Any, **options: Any
+    dout: Sequence[int],
+    q: Sequence[int],
+    k: Sequence[int],
+    v: Sequence[int],
+    *rest: Any,
+    wanted: Sequence[bool] = (True,) * 4,
+    causal: bool = False,
+    window: Sequence[int] | None = None,
+    **_: Any,
 ) -> int:
-    return forward_flops(q, k, v, **options) * 5 // 2  # five matrix products instead of two
+    batch, seq_q, heads, head_dim = q
+    scores = batch * heads * kept_scores(seq_q, k[1], causal, window)
+    return scores * backward_flops_per_score(wanted, head_dim, head_dim)
 
 
 def _fake(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, **_: Any) -> Tensor:
@@ -76,15 +96,16 @@ def _fake(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, **_: Any)
 
 
 def _backward_fake(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, **_: Any
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    wanted: Sequence[bool] = (True,) * 4,
+    **_: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    biases = q.shape[2] if bias is not None else 0
-    return (
-        q.new_empty(q.shape),
-        k.new_empty(k.shape),
-        v.new_empty(v.shape),
-        q.new_empty((biases,), dtype=torch.float32),
-    )
+    biases = q.shape[2] if bias is not None and wanted[3] else 0
+    return *backward_fake(dout, None, q, k, v, wanted=wanted), q.new_empty((biases,), dtype=torch.float32)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Tensor | None, ...], options: dict[str, Any], output: Tensor) -> None:
@@ -94,11 +115,14 @@ def _setup_context(ctx: Any, inputs: tuple[Tensor | None, ...], options: dict[st
 
 def _backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
     q, k, v, bias = ctx.saved_tensors
-    dq, dk, dv, dbias = torch.ops.fastattn.sigmoid_attention_backward(dout, q, k, v, bias, **ctx.options)
-    return dq, dk, dv, None if bias is None else dbias
+    wanted = needed_gradients(ctx)
+    gradients = torch.ops.fastattn.sigmoid_attention_backward(dout, q, k, v, bias, **ctx.options, wanted=wanted)
+    return only_wanted(gradients, wanted)
 
 
-_OPTIONS = "float? constant_bias=None, float? scale=None, bool causal=False, int[]? window=None"
+_OPTIONS = (
+    "float? constant_bias=None, float? scale=None, bool causal=False, int[]? window=None, bool deterministic=False"
+)
 
 register(
     Op(
@@ -114,8 +138,8 @@ register(
 register(
     Op(
         name="sigmoid_attention_backward",
-        schema=f"(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor? bias, *, {_OPTIONS}) "
-        "-> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias)",
+        schema=f"(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor? bias, *, {_OPTIONS}, "
+        "bool[4] wanted=[True, True, True, True]) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias)",
         fake=_backward_fake,
         flops=_backward_flops,
     )

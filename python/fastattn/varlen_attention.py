@@ -6,7 +6,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from ._ops import Op, register
+from ._ops import Op, is_deterministic, register
 from .attention import Window, kept_scores, windows_of
 
 
@@ -27,6 +27,7 @@ def varlen_attention(
     window: Window | None = ...,
     softcap: float | None = ...,
     sinks: Tensor | None = ...,
+    deterministic: bool | None = ...,
     return_lse: Literal[False] = ...,
 ) -> Tensor: ...
 
@@ -48,6 +49,7 @@ def varlen_attention(
     window: Window | None = ...,
     softcap: float | None = ...,
     sinks: Tensor | None = ...,
+    deterministic: bool | None = ...,
     return_lse: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...
 
@@ -68,6 +70,7 @@ def varlen_attention(
     window: Window | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    deterministic: bool | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     r"""``fastattn.attention`` of sequences of many lengths, which lie one after the other in the same tensors.
@@ -86,7 +89,7 @@ def varlen_attention(
         seqused_q, seqused_k: int32 ``[sequences]``: how many tokens of each sequence are used, from its first on; all
             if None. Unused keys and values are not looked at. Unused queries see nothing.
         max_seqlen_q, max_seqlen_k: about the greatest lengths, for the choice of tiles. No result depends on them.
-        scale, causal, window, softcap, sinks, return_lse: as in ``fastattn.attention``.
+        scale, causal, window, softcap, sinks, deterministic, return_lse: as in ``fastattn.attention``.
 
     Returns:
         The output, ``[tokens_q, heads, head_dim of v]``; with ``return_lse`` that and the log-sum-exp, float32
@@ -122,6 +125,7 @@ def varlen_attention(
         causal=causal,
         window=of_all,
         softcap=softcap or 0.0,
+        deterministic=is_deterministic(deterministic),
     )
     return (out, lse) if return_lse else out
 
@@ -158,7 +162,7 @@ register(
         schema="(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor? seqused_q=None, "
         "Tensor? seqused_k=None, Tensor? sinks=None, Tensor? window_left=None, Tensor? window_right=None, *, "
         "int? max_seqlen_q=None, int? max_seqlen_k=None, float? scale=None, bool causal=False, int[]? window=None, "
-        "float softcap=0.0) -> (Tensor out, Tensor lse)",
+        "float softcap=0.0, bool deterministic=False) -> (Tensor out, Tensor lse)",
         fake=_fake,
         flops=_flops,
         flops_read_data=True,

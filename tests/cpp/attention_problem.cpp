@@ -89,13 +89,12 @@ AttentionProblem::AttentionProblem(const Shape& s, DType dtype, Window window, f
   for (float& x : dlse) {
     x = normal(random);
   }
-  description = {{q.view(), k.view(), v.view(), out.view(), lse.data(), scale, window},
-                 dout.view(),
-                 dlse.data(),
-                 dq.view(),
-                 dk.view(),
-                 dv.view(),
-                 nullptr};
+  description = {.forward = {q.view(), k.view(), v.view(), out.view(), lse.data(), scale, window},
+                 .dout = dout.view(),
+                 .dlse = dlse.data(),
+                 .dq = dq.view(),
+                 .dk = dk.view(),
+                 .dv = dv.view()};
   workspace.resize(attention_backward_workspace(description, StdThreads{}) / sizeof(float) + 1);
   description.workspace = workspace.data();
 }

@@ -42,6 +42,7 @@ struct BandProblem {
         p.dq,
         p.dk,
         p.dv,
+        p.deterministic,
         p.workspace};
   }
 

@@ -99,8 +99,6 @@ const Test regions("validate: rectangles and segments", [] {
         p.softcap = 2.f;
       },
       "segments cannot be combined with softcap yet");
-  refuse_backward([](auto& p) { p.forward.rectangles = {kValues, 1, 1}; },
-                  "there are no gradients with rectangles or segments yet");
 });
 
 const Test longest("validate: the longest window and unbounded sides are the same", [] {
@@ -117,8 +115,8 @@ const Test neighborhood("validate: the axes of a neighborhood", [] {
     const NeighborhoodAttention problem{p.q.view(), p.k.view(), p.v.view(), p.out.view(), p.lse.data(), 1.f, axes};
     const std::string forward = neighborhood_attention(problem, StdThreads{}).message;
     check(forward == std::string("neighborhood_attention: ") + message, "got '" + forward + "'");
-    const NeighborhoodAttentionBackward gradients{problem,     p.dout.view(), nullptr, p.dq.view(),
-                                                  p.dk.view(), p.dv.view(),   nullptr};
+    const NeighborhoodAttentionBackward gradients{problem,     p.dout.view(), nullptr,
+                                                  p.dq.view(), p.dk.view(),   p.dv.view()};
     const std::string backward = neighborhood_attention_backward(gradients, StdThreads{}).message;
     check(backward == std::string("neighborhood_attention_backward: ") + message, "got '" + backward + "'");
   };
@@ -143,8 +141,7 @@ const Test no_tokens("validate: a grid without tokens, however long its other ax
                                       .out = p.out.view(),
                                       .axes = {{(1 << 30) - 1}, {(1 << 30) - 1}, {0}}};
   check(neighborhood_attention(problem, StdThreads{}).ok(), "forward");
-  const NeighborhoodAttentionBackward gradients{problem,     p.dout.view(), nullptr, p.dq.view(),
-                                                p.dk.view(), p.dv.view(),   nullptr};
+  const NeighborhoodAttentionBackward gradients{problem, p.dout.view(), nullptr, p.dq.view(), p.dk.view(), p.dv.view()};
   check(neighborhood_attention_backward(gradients, StdThreads{}).ok(), "backward");
 });
 

@@ -12,11 +12,12 @@
 namespace fastattn::cpu {
 
 struct BackwardTensors {
-  TensorView q, k, v, out, dout, dq, dk, dv;
-  const float* lse;   // like the forward's; null for a score that has none
-  const float* dlse;  // may be null
-  float* dbias;       // [heads], may be null; for a score with a bias
-  float* row_terms;   // workspace: two floats per query row
+  TensorView q, k, v, out, dout;
+  TensorView dq, dk, dv;  // one without data is not wanted
+  const float* lse;       // like the forward's; null for a score that has none
+  const float* dlse;      // may be null
+  float* dbias;           // [heads], may be null; for a score with a bias
+  float* row_terms;       // workspace: two floats per query row
 };
 
 // What the backward needs of each query row: its log-sum-exp in base 2 and delta, Σ(out · dout) − dlse. A score without
@@ -168,6 +169,9 @@ struct GradientTile {
 
   template <class Element>
   void store(const float* gradient, const TensorView& view, std::int64_t b, std::int64_t h, float scale) const {
+    if (view.data == nullptr) {
+      return;
+    }
     const Rows to = rows_of<Element>(view, b, h, tokens);
     for (int row = 0; row < kTile.q; ++row) {
       for (int d = 0; to[row] != nullptr && d < dim; ++d) {
@@ -191,7 +195,8 @@ void backward(const BackwardTensors& x, const Schedules& schedules, const Score&
     compute_row_terms<Isa, Element>(x, threads);
   }
 
-  const std::int64_t q_tiles = ceil_div(by_queries.num_q, kTile.q);
+  const bool wants_dq = x.dq.data != nullptr, wants_dbias = x.dbias != nullptr;
+  const std::int64_t q_tiles = wants_dq || wants_dbias ? ceil_div(by_queries.num_q, kTile.q) : 0;
   parallel_for(threads, batch * heads * q_tiles, [&](std::int64_t task) {
     const int q_tile = static_cast<int>(q_tiles - 1 - task % q_tiles);  // under a causal mask, the longest first
     const std::int64_t h = task / q_tiles % heads, b = task / q_tiles / heads;
@@ -223,7 +228,8 @@ void backward(const BackwardTensors& x, const Schedules& schedules, const Score&
     }
   }
 
-  const std::int64_t k_tiles = ceil_div(by_keys.num_q, kTile.q);
+  const bool wants_dk = x.dk.data != nullptr, wants_dv = x.dv.data != nullptr;
+  const std::int64_t k_tiles = wants_dk || wants_dv ? ceil_div(by_keys.num_q, kTile.q) : 0;
   parallel_for(threads, batch * kv_heads * k_tiles, [&](std::int64_t task) {
     const int k_tile = static_cast<int>(task % k_tiles);
     const std::int64_t h_kv = task / k_tiles % kv_heads, b = task / k_tiles / kv_heads;
