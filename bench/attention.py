@@ -205,7 +205,7 @@ DENSE_GPU_CASES = (
     "b1_s16384_h16_d128_causal",
 )
 
-# Of which there is no backward yet, on a GPU or at all.
+# Of which a GPU has no backward yet.
 FORWARD_GPU_CASES = (
     "b4_s4096_h8_d256",
     "b4_s4096_h8_d256_causal",

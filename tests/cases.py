@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -11,6 +12,23 @@ from fastattn import reference
 
 MAX_HEAD_DIM = {"cpu": 256, "cuda": 128}
 """Of gradients; on a GPU, `attention`'s forward has 256 too."""
+
+# What gradients on a GPU do not have yet.
+GPU_LACKS = {
+    "some inputs alone",
+    "deterministic",
+    "softcap or key_bias",
+    "rectangles or segments",
+    "values of their own width",
+    "varlen_attention",
+}
+
+
+def needs(device: str, *features: str) -> None:
+    """Skips a test whose gradients the device does not have yet."""
+    missing = GPU_LACKS.intersection(features) if device == "cuda" else ()
+    if missing:
+        pytest.skip(f"not on a GPU yet: gradients of {', '.join(sorted(missing))}")
 
 
 @dataclass(frozen=True)
@@ -47,7 +65,8 @@ class Case:
 
     def cotangents(self, device: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Gradients of the output and of the LSE, of unit variance."""
-        out = torch.randn(self.batch, self.seq_q, self.heads, self.head_dim, device=device).to(dtype)
+        value_dim = self.value_dim or self.head_dim
+        out = torch.randn(self.batch, self.seq_q, self.heads, value_dim, device=device).to(dtype)
         return out, torch.randn(self.batch, self.heads, self.seq_q, device=device)
 
 
@@ -116,6 +135,30 @@ def expected(case: Case, inputs: tuple[Tensor, ...], cotangents: tuple[Tensor, T
 def plain(case: Case, inputs: tuple[Tensor, ...], cotangents: tuple[Tensor, Tensor]) -> list[Tensor]:
     """The same by the plain formula in the precision of the inputs."""
     return run(lambda q, k, v: reference.attention(q, k, v, **case.options), inputs, cotangents)
+
+
+def gradients(function: Any, inputs: dict[str, Tensor], cotangents: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+    """Of all `inputs` of an attention function that returns (out, lse); an LSE of -inf has none."""
+    inputs = {name: tensor.detach().requires_grad_() for name, tensor in inputs.items()}
+    out, lse = function(**inputs)
+    seen = lse.isfinite()
+    results, cotangents = (out, lse[seen]), (cotangents[0].to(out.dtype), cotangents[1].to(lse.dtype)[seen])
+    return dict(zip(inputs, torch.autograd.grad(results, list(inputs.values()), cotangents), strict=True))
+
+
+def assert_gradients_right(
+    ours: Any, formula: Any, inputs: dict[str, Tensor], cotangents: tuple[Tensor, Tensor]
+) -> None:
+    """At most twice the error of the plain formula in the same precision, for each input."""
+    results = gradients(ours, inputs, cotangents)
+    exact = gradients(formula, {name: tensor.double() for name, tensor in inputs.items()}, cotangents)
+    rivals = gradients(formula, inputs, cotangents)
+    slack = (
+        1e-5 if inputs["q"].dtype == torch.float32 else 1e-4
+    )  # a row of one key: dS is the difference of equal numbers
+    for name, result in results.items():
+        error, allowed = relative_error(result, exact[name]), 2 * relative_error(rivals[name], exact[name]) + slack
+        assert error <= allowed, f"d{name}: error {error:.2e}, allowed {allowed:.2e}"
 
 
 def assert_same(results: list[Tensor], truths: list[Tensor]) -> None:

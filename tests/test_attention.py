@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import fastattn
-from cases import CASES, MAX_HEAD_DIM, Case, expected, plain, relative_error, run
+from cases import CASES, MAX_HEAD_DIM, Case, assert_gradients_right, expected, needs, plain, relative_error, run
 from fastattn import reference
 
 NAMES = ("out", "lse", "dq", "dk", "dv")
@@ -58,10 +58,18 @@ def test_values_of_their_own_width_are_channels_of_wider_ones(device, dtype) -> 
     assert relative_error(narrow, out[..., 16:40].double()) < (1e-6 if dtype == torch.float32 else 1e-4)
 
 
-def test_no_gradients_of_values_of_their_own_width(device, dtype) -> None:
-    inputs = [x.requires_grad_() for x in Case(70, 90, value_dim=32).inputs(device, dtype)]
-    with pytest.raises(NotImplementedError, match="no gradient where v has another head_dim than q yet, got 32 and 64"):
-        fastattn.attention(*inputs).sum().backward()
+@pytest.mark.parametrize(("head_dim", "value_dim"), VALUE_DIMS)
+@pytest.mark.parametrize("shape", [{}, {"causal": True}], ids=str)
+def test_gradients_of_values_of_their_own_width(head_dim: int, value_dim: int, shape: dict[str, Any], place) -> None:
+    device, dtype = place
+    needs(device, "values of their own width")
+    case = Case(200, 300, kv_heads=2, head_dim=head_dim, value_dim=value_dim, **shape)
+    assert_gradients_right(
+        lambda **x: ours(case)(**x),
+        lambda **x: reference.attention(**x, **case.options),
+        dict(zip("qkv", case.inputs(device, dtype), strict=True)),
+        case.cotangents(device, dtype),
+    )
 
 
 def test_error_does_not_grow_with_length() -> None:

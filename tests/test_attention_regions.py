@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import fastattn
-from cases import Case, relative_error
+from cases import Case, assert_gradients_right, gradients, needs, relative_error
 from fastattn import reference
 
 HEADS, SEQ_Q, SEQ_K = 4, 150, 210
@@ -228,13 +228,42 @@ def test_masks_that_are_strided(device, dtype) -> None:
     assert torch.equal(fastattn.attention(q, k, v, **strided), fastattn.attention(q, k, v, **options))
 
 
-@pytest.mark.parametrize("name", ["prefix", "segments", "all"])
-def test_no_gradient_yet(name: str, device, dtype) -> None:
-    options = on(device, OPTIONS[name])
-    inputs = [x.requires_grad_() for x in Case(SEQ_Q, SEQ_K, heads=HEADS).inputs(device, dtype)]
-    out = fastattn.attention(*inputs, **options)
-    with pytest.raises(NotImplementedError, match="no gradient with rectangles or segment_ids yet"):
-        out.sum().backward()
+@each_option
+@pytest.mark.parametrize("head_dim", [16, 64, 128])
+def test_gradients(name: str, head_dim: int, place) -> None:
+    device, dtype = place
+    needs(device, "rectangles or segments")
+    options, case = on(device, OPTIONS[name]), Case(SEQ_Q, SEQ_K, heads=HEADS, kv_heads=2, head_dim=head_dim)
+    q, k, v = case.inputs(device, dtype)
+    inputs = {"q": q, "k": k, "v": v, **({"sinks": options.pop("sinks")} if "sinks" in options else {})}
+    assert_gradients_right(
+        lambda **x: fastattn.attention(**x, **options, return_lse=True),
+        lambda **x: reference.attention(**x, **options),
+        inputs,
+        case.cotangents(device, dtype),
+    )
+
+
+@pytest.mark.parametrize("name", SEGMENTS)
+def test_gradients_of_segments(name: str, device, dtype) -> None:
+    """Also of keys that no query shares a segment with: 0, whatever is in them."""
+    needs(device, "rectangles or segments")
+    of_queries, of_keys = on(device, SEGMENTS[name])
+    case = Case(260, 300, batch=max(len(of_queries), len(of_keys)), heads=2, kv_heads=1)
+    q, k, v = case.inputs(device, dtype)
+    inputs, cotangents = {"q": q, "k": k, "v": v}, case.cotangents(device, dtype)
+    options = {"segment_ids": (of_queries, of_keys)}
+
+    def ours(**x: Tensor) -> Any:
+        return fastattn.attention(**x, **options, return_lse=True)
+
+    assert_gradients_right(ours, lambda **x: reference.attention(**x, **options), inputs, cotangents)
+    shared = (of_queries[:, :, None] == of_keys[:, None, :]).any(1)
+    lonely = ~shared.expand(case.batch, -1)
+    k[lonely], v[lonely] = torch.nan, torch.nan
+    poisoned = gradients(ours, inputs, cotangents)
+    assert torch.count_nonzero(poisoned["k"][lonely]) == 0
+    assert torch.count_nonzero(poisoned["v"][lonely]) == 0
 
 
 @each_option

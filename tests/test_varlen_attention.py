@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastattn
-from cases import relative_error
+from cases import assert_gradients_right, gradients, needs, relative_error
 from fastattn import reference
 
 HEADS, KV_HEADS = 4, 2
@@ -202,6 +202,103 @@ def test_zero_sizes(lengths: tuple[list[int], list[int]], device, dtype) -> None
     assert (lse == -math.inf).all()
 
 
+def cotangents_of(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    out = torch.randn(*q.shape[:2], v.shape[2], device=q.device).to(q.dtype)
+    return out, torch.randn(q.shape[1], q.shape[0], device=q.device)
+
+
+def assert_varlen_gradients_right(tensors: Any, **options: Any) -> None:
+    q, k, v, *cu_seqlens = tensors
+    leaves = {"q": q, "k": k, "v": v, **({"sinks": options.pop("sinks")} if "sinks" in options else {})}
+    assert_gradients_right(
+        lambda q, k, v, **x: fastattn.varlen_attention(q, k, v, *cu_seqlens, **x, **options, return_lse=True),
+        lambda q, k, v, **x: alone(reference.attention, q, k, v, *cu_seqlens, **x, **options),
+        leaves,
+        cotangents_of(q, v),
+    )
+
+
+@pytest.mark.parametrize("lengths", LENGTHS)
+@pytest.mark.parametrize("option", OPTIONS)
+def test_gradients(lengths: str, option: str, place) -> None:
+    needs(place[0], "varlen_attention")
+    assert_varlen_gradients_right(inputs(LENGTHS[lengths], place), **on(place[0], OPTIONS[option]))
+
+
+@pytest.mark.parametrize(("head_dim", "value_dim"), [(16, 16), (128, 128), (128, 64), (64, 16)])
+def test_gradients_of_head_dims(head_dim: int, value_dim: int, place) -> None:
+    needs(place[0], "varlen_attention")
+    assert_varlen_gradients_right(inputs(LENGTHS["around tiles"], place, head_dim, value_dim), causal=True)
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    lengths=st.lists(st.tuples(st.integers(0, 300), st.integers(0, 300)), min_size=1, max_size=12),
+    causal=st.booleans(),
+)
+def test_gradients_of_any_lengths(lengths: list[tuple[int, int]], causal: bool) -> None:
+    queries, keys = map(list, zip(*lengths, strict=True))
+    assert_varlen_gradients_right(inputs((queries, keys), ("cpu", torch.float32), 16), causal=causal)
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_gradients_of_unused_tokens(option: str, device, dtype) -> None:
+    """They are 0, those after the last sequence among them, and what is in unused tokens changes no other."""
+    needs(device, "varlen_attention")
+    lengths = [90, 0, 64, 130, 200], [130, 40, 64, 100, 200]
+    used = [50, 0, 64, 0, 129], [130, 10, 33, 70, 65]
+    q, k, v, cu_q, cu_k = inputs(tuple([*x, 70] for x in lengths), (device, dtype))
+    cu_q, cu_k = cu_q[:-1], cu_k[:-1]
+    options = on(device, OPTIONS[option])
+    kept = [
+        torch.cat([torch.arange(first, first + n) for first, n in zip(cu.tolist(), of_one, strict=False)])
+        for cu, of_one in zip((cu_q, cu_k), used, strict=True)
+    ]
+    dout, dlse = cotangents_of(q, v)
+
+    def packed(q: Tensor, k: Tensor, v: Tensor) -> Any:
+        return fastattn.varlen_attention(
+            q, k, v, ends(used[0], device), ends(used[1], device), **options, return_lse=True
+        )
+
+    leaves = {"q": q[kept[0]], "k": k[kept[1]], "v": v[kept[1]]}
+    expected = gradients(packed, leaves, (dout[kept[0]], dlse[:, kept[0]]))
+    tokens = {"q": kept[0], "k": kept[1], "v": kept[1]}
+    seqused_q, seqused_k = (torch.tensor(x, dtype=torch.int32, device=device) for x in used)
+    unused = {name: ~torch.isin(torch.arange(len(x)), tokens[name]) for name, x in {"q": q, "k": k, "v": v}.items()}
+    for x, of_x in ((q, "q"), (k, "k"), (v, "v"), (dout, "q")):
+        x[unused[of_x]] = math.nan
+
+    def whole(q: Tensor, k: Tensor, v: Tensor) -> Any:
+        return fastattn.varlen_attention(
+            q, k, v, cu_q, cu_k, seqused_q=seqused_q, seqused_k=seqused_k, **options, return_lse=True
+        )
+
+    results = gradients(whole, {"q": q, "k": k, "v": v}, (dout, dlse))
+    for name, result in results.items():
+        assert relative_error(result[tokens[name]], expected[name].double()) < 1e-6
+        assert torch.count_nonzero(result[unused[name]]) == 0
+
+
+def test_gradients_of_strided_views(device, dtype) -> None:
+    needs(device, "varlen_attention")
+    fused = torch.randn(200, 3, HEADS, 67, device=device).to(dtype)
+    q, k, v = fused[..., 1:65].unbind(1)
+    dout = torch.randn(200, 1, 1, device=device).to(dtype).expand(200, HEADS, 64)
+    cu = ends([70, 0, 130], device)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Any:
+        return fastattn.varlen_attention(q, k, v, cu, cu, causal=True, return_lse=True)
+
+    _, dlse = cotangents_of(q, v)
+    strided = gradients(attend, {"q": q, "k": k, "v": v}, (dout, dlse))
+    plain = gradients(
+        attend, {"q": q.contiguous(), "k": k.contiguous(), "v": v.contiguous()}, (dout.contiguous(), dlse)
+    )
+    for name, gradient in strided.items():
+        assert relative_error(gradient, plain[name]) < 1e-6
+
+
 @pytest.mark.gpu
 def test_graph_replay_with_other_lengths() -> None:
     place = ("cuda", torch.bfloat16)
@@ -233,21 +330,36 @@ def test_opcheck_and_compile(device, dtype) -> None:
     used = torch.tensor([20, 0, 30], dtype=torch.int32, device=device)
     torch.library.opcheck(torch.ops.fastattn.varlen_attention.default, (*tensors, used), {"causal": True})
     torch.compiler.reset()
+    needs(device, "varlen_attention")
+    out, lse = torch.ops.fastattn.varlen_attention(*tensors, used)
+    arguments = (torch.randn_like(out), torch.randn_like(lse), *tensors[:3], out, lse, *tensors[3:], used)
+    for wanted in ([True] * 3, [False, True, False]):
+        torch.library.opcheck(
+            torch.ops.fastattn.varlen_attention_backward.default, arguments, {"causal": True, "wanted": wanted}
+        )
     compiled = torch.compile(fastattn.varlen_attention, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(*tensors, softcap=3.0), fastattn.varlen_attention(*tensors, softcap=3.0))
+    tensors[0].requires_grad_()
+    for function in (compiled, fastattn.varlen_attention):
+        tensors[0].grad, before = None, tensors[0].grad
+        function(*tensors, softcap=3.0).sum().backward()
+    assert torch.equal(before, tensors[0].grad)
 
 
 def test_flops() -> None:
     tensors = inputs(([20, 0, 40], [30, 10, 20]), ("cpu", torch.float32), 16)
     with FlopCounterMode(display=False) as counter:
         fastattn.varlen_attention(*tensors)
-    assert counter.get_total_flops() == 4 * HEADS * 16 * (20 * 30 + 40 * 20)
+    forward = 4 * HEADS * 16 * (20 * 30 + 40 * 20)
+    assert counter.get_total_flops() == forward
+    tensors[1].requires_grad_()
+    with FlopCounterMode(display=False) as counter:
+        fastattn.varlen_attention(*tensors).sum().backward()
+    assert counter.get_total_flops() == forward + 3 * forward // 2  # two products, and three for dk alone
 
 
-def test_no_gradients_and_no_vmap(device, dtype) -> None:
+def test_no_vmap(device, dtype) -> None:
     q, k, v, cu_q, cu_k = inputs(([20], [30]), (device, dtype))
-    with pytest.raises(NotImplementedError, match="varlen_attention has no gradient: its backward is not there yet"):
-        fastattn.varlen_attention(q.requires_grad_(), k, v, cu_q, cu_k).sum().backward()
     with pytest.raises(NotImplementedError, match="varlen_attention has no batch that vmap could add to"):
         torch.vmap(lambda q: fastattn.varlen_attention(q, k, v, cu_q, cu_k))(q.detach()[None])
 

@@ -18,10 +18,33 @@ void attention_forward(const Attention& p, const Schedules& schedules, const Thr
   });
 }
 
+// Of the problem p.
+template <class Isa, class Schedules>
+void attention_backward(BackwardTensors tensors, const Attention& p, const Schedules& schedules,
+                        const Threads& threads) {
+  tensors.modifier = p.modifier();
+  with_element(p.q.dtype, [&]<class Element>() {
+    if constexpr (!std::is_same_v<Schedules, Regions>) {
+      if (tensors.modifier.exists()) {
+        backward<Isa, Element, kBackwardTile, true>(tensors, schedules, SoftmaxBy<One>{}, p.scale, threads);
+        return;
+      }
+    }
+    backward<Isa, Element>(tensors, schedules, Softmax{p.scale * kLog2E}, p.scale, threads);
+  });
+}
+
+template <class Isa, class Schedules>
+void attention_backward(const AttentionBackward& problem, const Schedules& schedules, const Threads& threads) {
+  BackwardTensors tensors = softmax_tensors(problem, problem.forward);
+  tensors.dkey_bias = problem.dkey_bias;
+  attention_backward<Isa>(tensors, problem.forward, schedules, threads);
+}
+
 template <class Isa>
 constexpr AttentionKernels attention_kernels() {
-  return {attention_forward<Isa, Bands>, softmax_backward<Isa, kBackwardTile, AttentionBackward, Bands>,
-          attention_forward<Isa, Regions>};
+  return {{attention_forward<Isa, Bands>, attention_backward<Isa, Bands>},
+          {attention_forward<Isa, Regions>, attention_backward<Isa, Regions>}};
 }
 
 }  // namespace fastattn::cpu

@@ -19,14 +19,13 @@ struct Kernels {
   void (*backward)(const Backward& problem, const Schedules& schedules, const Threads& threads);
 };
 
-struct AttentionKernels : Kernels<Attention, AttentionBackward, Bands> {
-  void (*forward_in_regions)(const Attention& problem, const Regions& regions, const Threads& threads);
+struct AttentionKernels {
+  Kernels<Attention, AttentionBackward, Bands> in_bands;
+  Kernels<Attention, AttentionBackward, Regions> in_regions;
 };
 extern const AttentionKernels kAttentionAvx2, kAttentionAvx512;
 
-struct VarlenAttentionKernels {
-  void (*forward)(const VarlenAttention& problem, const SequenceBands& schedules, const Threads& threads);
-};
+using VarlenAttentionKernels = Kernels<VarlenAttention, VarlenAttentionBackward, SequenceBands>;
 extern const VarlenAttentionKernels kVarlenAttentionAvx2, kVarlenAttentionAvx512;
 
 using BlockSparseAttentionKernels = Kernels<BlockSparseAttention, BlockSparseAttentionBackward, BlockLists>;

@@ -27,8 +27,6 @@ constexpr SigmoidAttentionKernels sigmoid_attention_kernels() {
                                       .dq = problem.dq,
                                       .dk = problem.dk,
                                       .dv = problem.dv,
-                                      .lse = nullptr,
-                                      .dlse = nullptr,
                                       .dbias = problem.dbias,
                                       .row_terms = static_cast<float*>(problem.workspace)};
         with_element(p.q.dtype,

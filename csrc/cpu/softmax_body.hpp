@@ -11,22 +11,26 @@ struct Tiles {
   TileShape forward, backward;
 };
 
-// `problem` is one like AttentionBackward.
+// `problem` is one like AttentionBackward, of `p`.
+template <class Problem, class Forward>
+BackwardTensors softmax_tensors(const Problem& problem, const Forward& p) {
+  return {.q = p.q,
+          .k = p.k,
+          .v = p.v,
+          .out = p.out,
+          .dout = problem.dout,
+          .dq = problem.dq,
+          .dk = problem.dk,
+          .dv = problem.dv,
+          .lse = p.lse,
+          .dlse = problem.dlse,
+          .row_terms = static_cast<float*>(problem.workspace)};
+}
+
 template <class Isa, TileShape kTile, class Problem, class Schedules>
 void softmax_backward(const Problem& problem, const Schedules& schedules, const Threads& threads) {
   const auto& p = problem.forward;
-  const BackwardTensors tensors{.q = p.q,
-                                .k = p.k,
-                                .v = p.v,
-                                .out = p.out,
-                                .dout = problem.dout,
-                                .dq = problem.dq,
-                                .dk = problem.dk,
-                                .dv = problem.dv,
-                                .lse = p.lse,
-                                .dlse = problem.dlse,
-                                .dbias = nullptr,
-                                .row_terms = static_cast<float*>(problem.workspace)};
+  const BackwardTensors tensors = softmax_tensors(problem, p);
   with_element(p.q.dtype, [&]<class Element>() {
     backward<Isa, Element, kTile>(tensors, schedules, Softmax{p.scale * kLog2E}, p.scale, threads);
   });

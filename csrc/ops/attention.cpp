@@ -1,4 +1,6 @@
 // attention on the CPU: checks, then the kernels of the best instruction set this machine has.
+#include <cstddef>
+
 #include "cpu/kernels.hpp"
 #include "fastattn/cpu/parallel.hpp"
 #include "fastattn/cpu/survey.hpp"
@@ -13,6 +15,19 @@ static_assert(kMaxHeadDim <= cpu::kMaxHeadDim);
 
 const cpu::AttentionKernels* kernels() { return cpu::best_of(cpu::kAttentionAvx2, cpu::kAttentionAvx512); }
 
+std::size_t row_terms_bytes(const Attention& problem) {
+  return 2 * sizeof(float) * static_cast<std::size_t>(num_rows(problem));
+}
+
+// `survey`: as regions_of() has it.
+Regions surveyed_regions(const Attention& problem, void* survey, const Threads& threads) {
+  const Regions regions = regions_of(problem, survey);
+  if (regions.segments.exist()) {
+    cpu::survey_segments(regions, threads);
+  }
+  return regions;
+}
+
 }  // namespace
 
 Status attention(const Attention& problem, const Threads& threads) {
@@ -22,45 +37,42 @@ Status attention(const Attention& problem, const Threads& threads) {
   if (kernels() == nullptr) {
     return no_cpu_kernels("attention");
   }
+  if (problem.segments.exist() && problem.workspace == nullptr) {
+    return failure("attention: workspace has no data");
+  }
   if (!problem.has_regions()) {
-    kernels()->forward(problem, bands_of(problem), threads);
-    return {};
+    kernels()->in_bands.forward(problem, bands_of(problem), threads);
+  } else {
+    kernels()->in_regions.forward(problem, surveyed_regions(problem, problem.workspace, threads), threads);
   }
-  const Regions regions = regions_of(problem, problem.workspace);
-  if (regions.segments.exist()) {
-    if (problem.workspace == nullptr) {
-      return failure("attention: workspace has no data");
-    }
-    cpu::survey_segments(regions, threads);
-  }
-  kernels()->forward_in_regions(problem, regions, threads);
   return {};
 }
 
 std::size_t attention_workspace(const Attention& problem, const Threads&) { return survey_bytes(problem); }
 
-// The log-sum-exp in base 2 and delta of every row.
+// The log-sum-exp in base 2 and delta of every row, then the survey of segments.
 std::size_t attention_backward_workspace(const AttentionBackward& problem, const Threads&) {
-  return 2 * sizeof(float) * static_cast<std::size_t>(num_rows(problem.forward));
+  return row_terms_bytes(problem.forward) + survey_bytes(problem.forward);
 }
 
 Status attention_backward(const AttentionBackward& problem, const Threads& threads) {
   if (Status status = validate(problem); !status.ok()) {
     return status;
   }
-  if (num_rows(problem.forward) > 0 && problem.workspace == nullptr) {
+  const Attention& forward = problem.forward;
+  if (num_rows(forward) > 0 && problem.workspace == nullptr) {
     return failure("attention_backward: workspace has no data");
-  }
-  if (const Attention& forward = problem.forward;
-      forward.modifier().exists() || forward.has_regions() || forward.v.head_dim() != forward.q.head_dim()) {
-    return failure(
-        "attention_backward: gradients of modified scores, in regions or with values of their own width are "
-        "not available on a CPU yet");
   }
   if (kernels() == nullptr) {
     return no_cpu_kernels("attention_backward");
   }
-  kernels()->backward(problem, bands_of(problem.forward), threads);
+  // Without queries there are no scores, of which a region could hold some.
+  if (!forward.has_regions() || num_rows(forward) == 0) {
+    kernels()->in_bands.backward(problem, bands_of(forward), threads);
+  } else {
+    void* const survey = static_cast<std::byte*>(problem.workspace) + row_terms_bytes(forward);
+    kernels()->in_regions.backward(problem, surveyed_regions(forward, survey, threads), threads);
+  }
   return {};
 }
 

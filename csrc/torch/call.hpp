@@ -170,10 +170,7 @@ class Call {
 
   // Without a batch.
   Tensor packed_input(const char* name, const Tensor& tensor) const {
-    require(tensor.dim() == 3, op_, ": ", name, " must have 3 dimensions, [tokens, heads, head_dim], got ",
-            list(tensor.sizes()));
-    check_device(name, tensor);
-    check_dtype(name, tensor);
+    check_packed(name, tensor);
     return addressable(name, tensor);
   }
 
@@ -188,7 +185,11 @@ class Call {
   // Autograd makes gradients in any layout, expanded ones among them.
   Tensor gradient(const char* name, const Tensor& tensor) const {
     check(name, tensor);
-    return last_dim_is_contiguous(tensor) && Place::addresses(tensor) ? tensor : compact_copy(tensor);
+    return addressable_copy(tensor);
+  }
+  Tensor packed_gradient(const char* name, const Tensor& tensor) const {
+    check_packed(name, tensor);
+    return addressable_copy(tensor);
   }
 
   // Which gradients a backward is to compute.
@@ -284,6 +285,13 @@ class Call {
     check_dtype(name, tensor);
   }
 
+  void check_packed(const char* name, const Tensor& tensor) const {
+    require(tensor.dim() == 3, op_, ": ", name, " must have 3 dimensions, [tokens, heads, head_dim], got ",
+            list(tensor.sizes()));
+    check_device(name, tensor);
+    check_dtype(name, tensor);
+  }
+
   void check_dtype(const char* name, const Tensor& tensor) const {
     const ScalarType type = tensor.scalar_type();
     require(type == ScalarType::Float || type == ScalarType::Half || type == ScalarType::BFloat16, op_, ": ", name,
@@ -300,6 +308,10 @@ class Call {
     require(last_dim_is_contiguous(tensor), op_, ": ", name, " must be contiguous in its last dimension, got strides ",
             list(tensor.strides()));
     return Place::addresses(tensor) ? tensor : compact_copy(tensor);
+  }
+
+  static Tensor addressable_copy(const Tensor& tensor) {
+    return last_dim_is_contiguous(tensor) && Place::addresses(tensor) ? tensor : compact_copy(tensor);
   }
 
   void check_device(const char* name, const Tensor& tensor) const {

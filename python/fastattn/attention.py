@@ -1,5 +1,6 @@
 """Softmax attention, dense, causal or in a sliding window: the public function and its two rows of the op table."""
 
+import math
 from collections.abc import Sequence
 from typing import Any, Literal, overload
 
@@ -97,7 +98,7 @@ def attention(
             ``head_dim`` is a multiple of 8 up to 256; on CUDA gradients take up to 128.
         k, v: ``[batch, seq_k, kv_heads, head_dim]``, dtype and device of ``q``. ``heads`` is a multiple of
             ``kv_heads``; query head ``h`` reads key head ``h // (heads // kv_heads)`` (grouped-query attention).
-            ``v`` may have a ``head_dim`` of its own, which is then the output's; there are no gradients then, yet.
+            ``v`` may have a ``head_dim`` of its own, which is then the output's.
         scale: multiplies the scores, finite and positive; ``1 / sqrt(head_dim)`` if None.
         causal: hide the keys after each query: caps ``right`` at 0.
         window: ``(left, right)``, the number of keys seen on either side of the diagonal; -1 is unbounded. Each of the
@@ -122,8 +123,7 @@ def attention(
     Returns:
         The output, ``[batch, seq_q, heads, head_dim of v]``, contiguous, in the dtype of ``q``; with ``return_lse``
         that and the natural log-sum-exp of the scaled, masked scores, float32 ``[batch, heads, seq_q]``. Both are
-        differentiable in q, k, v and sinks, but not yet with a softcap, a key bias, rectangles or segments. Second
-        derivatives are not available.
+        differentiable in q, k, v, sinks and the key bias; second derivatives are not available.
 
     Raises:
         RuntimeError: for an argument that cannot be run; rectangles and segments cannot be combined with a softcap or a
@@ -280,15 +280,15 @@ def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tenso
         dq, dk, dv, dkey_bias = only_wanted(gradients, wanted)
     if dkey_bias is not None:
         dkey_bias = dkey_bias.sum_to_size(key_bias.shape)
-    dsinks = sinks_gradient(dout, dlse, sinks, out, lse) if needs_sinks else None
+    dsinks = sinks_gradient(sinks, dout, dlse, out, lse) if needs_sinks else None
     return dq, dk, dv, dsinks, dkey_bias, *(None,) * 5
 
 
-def sinks_gradient(dout: Tensor, dlse: Tensor | None, sinks: Tensor, out: Tensor, lse: Tensor) -> Tensor:
-    """A sink is a score whose value is 0."""
+def sinks_gradient(sinks: Tensor, dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor) -> Tensor:
+    """A sink is a score whose value is 0. Where nothing is kept a sink of -inf has no weight either."""
     delta = (dout.float() * out.float()).sum(-1).transpose(1, 2)
     delta = delta if dlse is None else delta - dlse
-    weight = (sinks[:, None] - lse).exp()
+    weight = (sinks[:, None] - lse).exp().masked_fill(lse == -math.inf, 0)
     return -(weight * delta).sum((0, 2))
 
 

@@ -6,8 +6,8 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from ._ops import Op, is_deterministic, register
-from .attention import Window, kept_scores, windows_of
+from ._ops import Op, backward_flops_per_score, is_deterministic, needed_gradients, only_wanted, register
+from .attention import Window, backward_fake, kept_scores, save_inputs_and_outputs, sinks_gradient, windows_of
 
 
 @overload
@@ -93,8 +93,9 @@ def varlen_attention(
 
     Returns:
         The output, ``[tokens_q, heads, head_dim of v]``; with ``return_lse`` that and the log-sum-exp, float32
-        ``[heads, tokens_q]``. A query that sees nothing has an output of 0 and an LSE of -inf, or its sink. There are
-        no gradients yet.
+        ``[heads, tokens_q]``. A query that sees nothing has an output of 0 and an LSE of -inf, or its sink. Both are
+        differentiable in q, k, v and sinks, with gradients of 0 for tokens that see nothing or are not seen; second
+        derivatives are not available.
 
     Raises:
         RuntimeError: for an argument that cannot be run. The message names the argument, what came and what is allowed.
@@ -135,10 +136,7 @@ def _fake(q: Tensor, k: Tensor, v: Tensor, *rest: Tensor | None, **_: Any) -> tu
     return q.new_empty((tokens, heads, v.shape[2])), q.new_empty((heads, tokens), dtype=torch.float32)
 
 
-def _flops(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
+def _kept_scores(
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor,
     seqused_q: Tensor | None = None,
@@ -148,26 +146,83 @@ def _flops(
     window: Sequence[int] | None = None,
     **_: Any,
 ) -> int:
+    """Of one head. Reading the lengths waits for the device."""
     queries, keys = (
         (cu_seqlens.diff() if used is None else used).tolist()
         for cu_seqlens, used in ((cu_seqlens_q, seqused_q), (cu_seqlens_k, seqused_k))
     )
-    scores = sum(kept_scores(seq_q, seq_k, causal, window) for seq_q, seq_k in zip(queries, keys, strict=True))
-    return 2 * q.shape[1] * (q.shape[2] + v.shape[2]) * scores
+    return sum(kept_scores(seq_q, seq_k, causal, window) for seq_q, seq_k in zip(queries, keys, strict=True))
 
+
+def _flops(q: Tensor, k: Tensor, v: Tensor, *sequences: Any, **options: Any) -> int:
+    return 2 * q.shape[1] * (q.shape[2] + v.shape[2]) * _kept_scores(*sequences, **options)
+
+
+def _backward_flops(
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    *sequences: Any,
+    wanted: Sequence[bool] = (True,) * 3,
+    **options: Any,
+) -> int:
+    scores = q.shape[1] * _kept_scores(*sequences, **options)
+    return scores * backward_flops_per_score(wanted, q.shape[2], v.shape[2])
+
+
+def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+    if dout is None and dlse is None:
+        return (None,) * 10
+    q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, sinks, left, right, out, lse = ctx.saved_tensors
+    dout = torch.zeros_like(out) if dout is None else dout
+    needed = needed_gradients(ctx)
+    wanted, needs_sinks = needed[:3], needed[7]
+    dq = dk = dv = dsinks = None
+    if any(wanted):
+        sequences = (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k)
+        gradients = torch.ops.fastattn.varlen_attention_backward(
+            dout, dlse, q, k, v, out, lse, *sequences, left, right, **ctx.options, wanted=wanted
+        )
+        dq, dk, dv = only_wanted(gradients, wanted)
+    if needs_sinks:
+        dsinks = sinks_gradient(sinks, dout[None], None if dlse is None else dlse[None], out[None], lse[None])
+    return dq, dk, dv, None, None, None, None, dsinks, None, None
+
+
+_SEQUENCES = "Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor? seqused_q=None, Tensor? seqused_k=None"
+_HEAD_WINDOWS = "Tensor? window_left=None, Tensor? window_right=None"
+_OPTIONS = (
+    "int? max_seqlen_q=None, int? max_seqlen_k=None, float? scale=None, bool causal=False, int[]? window=None, "
+    "float softcap=0.0, bool deterministic=False"
+)
 
 register(
     Op(
         name="varlen_attention",
-        schema="(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor? seqused_q=None, "
-        "Tensor? seqused_k=None, Tensor? sinks=None, Tensor? window_left=None, Tensor? window_right=None, *, "
-        "int? max_seqlen_q=None, int? max_seqlen_k=None, float? scale=None, bool causal=False, int[]? window=None, "
-        "float softcap=0.0, bool deterministic=False) -> (Tensor out, Tensor lse)",
+        schema=f"(Tensor q, Tensor k, Tensor v, {_SEQUENCES}, Tensor? sinks=None, {_HEAD_WINDOWS}, *, {_OPTIONS}) "
+        "-> (Tensor out, Tensor lse)",
         fake=_fake,
         flops=_flops,
         flops_read_data=True,
-        why_no_gradient="its backward is not there yet; use fastattn.attention on padded sequences.",
+        setup_context=save_inputs_and_outputs,
+        backward=_backward,
         autocast=3,
+        has_batch=False,
+    )
+)
+register(
+    Op(
+        name="varlen_attention_backward",
+        schema="(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+        f"{_SEQUENCES}, {_HEAD_WINDOWS}, *, {_OPTIONS}, bool[3] wanted=[True, True, True]) "
+        "-> (Tensor dq, Tensor dk, Tensor dv)",
+        fake=backward_fake,
+        flops=_backward_flops,
+        flops_read_data=True,
         has_batch=False,
     )
 )

@@ -34,9 +34,9 @@ void run(const Kernels& kernels, AttentionProblem& p, const Threads& threads = S
   const Attention& forward = p.description.forward;
   check(validate(p.description).ok(), validate(p.description).message);
   if (num_rows(forward) > 0) {
-    kernels.table->forward(forward, bands_of(forward), threads);
+    kernels.table->in_bands.forward(forward, bands_of(forward), threads);
   }
-  kernels.table->backward(p.description, bands_of(forward), threads);
+  kernels.table->in_bands.backward(p.description, bands_of(forward), threads);
 }
 
 std::vector<double> doubles(const std::vector<float>& x) { return {x.begin(), x.end()}; }
@@ -259,7 +259,7 @@ const Test regions("attention: a segment is a sequence of its own, and a rectang
     std::vector<std::uint64_t> workspace(attention_workspace(whole, StdThreads{}) / sizeof(std::uint64_t));
     const Regions packed = regions_of(whole, workspace.data());
     cpu::survey_segments(packed, StdThreads{2});
-    kernels.table->forward_in_regions(whole, packed, StdThreads{2});
+    kernels.table->in_regions.forward(whole, packed, StdThreads{2});
     const std::vector<double> together = p.out.values();
     for (const auto& [first, count] : {std::pair{std::int64_t{0}, kFirst}, {kFirst, kSeq - kFirst}}) {
       Attention alone = p.description.forward;
@@ -267,18 +267,18 @@ const Test regions("attention: a segment is a sequence of its own, and a rectang
         *view = part(*view, first, count);
       }
       alone.lse = nullptr;
-      kernels.table->forward(alone, bands_of(alone), StdThreads{2});
+      kernels.table->in_bands.forward(alone, bands_of(alone), StdThreads{2});
     }
     const double error = relative_error(together, p.out.values());
     check(error <= 2e-6, std::string(kernels.name) + ": segments are off by " + std::to_string(error * 1e6) + "e-6");
 
     Attention dense = p.description.forward;
     dense.window = {};
-    kernels.table->forward(dense, bands_of(dense), StdThreads{2});
+    kernels.table->in_bands.forward(dense, bands_of(dense), StdThreads{2});
     const std::vector<double> out = p.out.values(), lse = doubles(p.lse);
     dense.window = kCausal;
     dense.rectangles = {all, 1, 1};
-    kernels.table->forward_in_regions(dense, regions_of(dense, nullptr), StdThreads{2});
+    kernels.table->in_regions.forward(dense, regions_of(dense, nullptr), StdThreads{2});
     check(p.out.values() == out && doubles(p.lse) == lse, std::string(kernels.name) + ": bitwise as without a mask");
   }
 });

@@ -23,7 +23,7 @@ std::vector<std::int32_t> ends(const std::vector<int>& lengths) {
 const std::vector<std::vector<int>> kLengths = {
     {0}, {5}, {0, 0, 0}, {1, 1, 1, 1}, {7, 0, 8, 9, 0}, {16, 16}, {3, 40, 0, 0, 1, 15}, {0, 33, 31}};
 
-const Test every_query_once("sequences: the tiles hold every query once, and none that is not there", [] {
+const Test every_token_once("sequences: the tiles hold every query and every key once, and none that is not there", [] {
   for (const std::vector<int>& lengths : kLengths) {
     for (const int unused : {0, 1, 20}) {  // tokens after the last sequence
       for (const TileShape tile : {TileShape{1, 4}, {4, 4}, {8, 4}, {16, 8}, {64, 8}}) {
@@ -37,18 +37,27 @@ const Test every_query_once("sequences: the tiles hold every query once, and non
                                       cu_seqlens.data(),
                                       nullptr,
                                       nullptr};
-        std::vector<int> held(static_cast<std::size_t>(tokens));
+        std::vector<int> queries(static_cast<std::size_t>(tokens)), keys(queries);
         for (int i = 0; i < num_q_tiles(schedules, tile); ++i) {
-          const SequenceTile at = sequence_tile(schedules, 0, i, tile);
-          const SequenceBand band = schedules.at(at.sequence, 0);
+          const auto [sequence, q_tile] = sequence_tile(schedules, 0, i, tile);
           for (int row = 0; row < tile.q; ++row) {
-            if (const int token = band.query_token(at.q_tile, row, tile); token >= 0) {
-              ++held[static_cast<std::size_t>(token)];
+            if (const int token = schedules.at(sequence, 0).query_token(q_tile, row, tile); token >= 0) {
+              ++queries[static_cast<std::size_t>(token)];
             }
           }
         }
-        for (const int count_of_token : held) {
-          check(count_of_token == 1, "a token is in one tile");
+        for (int i = 0; i < num_k_tiles(schedules, tile); ++i) {
+          const auto [sequence, k_tile] = sequence_key_tile(schedules, 0, i, tile);
+          for (int column = 0; column < tile.k; ++column) {
+            if (const int token = slots_of(schedules, sequence).key_token(k_tile * tile.k + column); token >= 0) {
+              ++keys[static_cast<std::size_t>(token)];
+            }
+          }
+        }
+        for (const std::vector<int>& tiles_of_tokens : {queries, keys}) {
+          for (const int tiles : tiles_of_tokens) {
+            check(tiles == 1, "a token is in one tile");
+          }
         }
       }
     }
@@ -77,6 +86,7 @@ const Test exact_in_each_sequence("sequences: each kept score is in one tile, wh
           const SequenceBand band = schedules.at(sequence, 0);
           for (const TileShape tile : {TileShape{4, 4}, {8, 4}, {16, 8}}) {
             check(is_exact(band, tile), "sequence " + std::to_string(sequence));
+            check(is_exact(band.transposed(), tile), "transposed sequence " + std::to_string(sequence));
             const SequenceOrigin origin = band.key_origin(1, tile);
             check(
                 origin.rows >= 0 && tile.k + origin.rows <= std::max(tile.k, used[static_cast<std::size_t>(sequence)]),

@@ -73,6 +73,8 @@ const Test backward("validate: what the backward refuses as well", [] {
   refuse_backward([](auto& p) { p.dv.stride[3] = 0; }, "dv must be contiguous in its last dimension, got stride 0");
   refuse_backward([](auto& p) { p.forward.lse = nullptr; }, "lse is needed and has no data");
   refuse_backward([](auto& p) { p.workspace = nullptr; }, "workspace has no data");
+  static float gradient;
+  refuse_backward([](auto& p) { p.dkey_bias = &gradient; }, "dkey_bias must be left out where there is no key_bias");
 });
 
 const Test regions("validate: rectangles and segments", [] {

@@ -76,6 +76,9 @@ struct Vector<Avx2> {
   friend Vector where_negative(Vector x, Vector negative, Vector otherwise) {  // by the sign bit
     return _mm256_blendv_ps(otherwise.lanes, negative.lanes, x.lanes);
   }
+  friend Vector where_zero(Vector x, Vector zero, Vector otherwise) {
+    return _mm256_blendv_ps(otherwise.lanes, zero.lanes, _mm256_cmp_ps(x.lanes, _mm256_setzero_ps(), _CMP_EQ_OQ));
+  }
 
   // significand · 2^exponent for a whole exponent up to 128; 0 where it is below −126.
   friend Vector scale_by_power(Vector significand, Vector exponent) {
@@ -169,6 +172,10 @@ struct Vector<Avx512> {
   friend Vector leading_power(Vector a) { return _mm512_and_ps(a.lanes, _mm512_set1_ps(kInfinity)); }
   friend Vector where_negative(Vector x, Vector negative, Vector otherwise) {  // by the sign bit
     return _mm512_mask_blend_ps(_mm512_movepi32_mask(_mm512_castps_si512(x.lanes)), otherwise.lanes, negative.lanes);
+  }
+  friend Vector where_zero(Vector x, Vector zero, Vector otherwise) {
+    return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(x.lanes, _mm512_setzero_ps(), _CMP_EQ_OQ), otherwise.lanes,
+                                zero.lanes);
   }
   friend Vector scale_by_power(Vector significand, Vector exponent) {
     return _mm512_scalef_ps(significand.lanes, exponent.lanes);

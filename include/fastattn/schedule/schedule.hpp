@@ -140,6 +140,26 @@ FASTATTN_HD constexpr int batch_of(const S&, int sequence) {
   return sequence;
 }
 
+// The same of key tiles, for a backward whose tiles of keys stay: `tile.k` is theirs.
+
+struct SequenceKeyTile {
+  int sequence, k_tile;
+};
+
+template <class S>
+FASTATTN_HD constexpr int num_k_tiles(const S& schedules, TileShape tile) {
+  return ceil_div(schedules.slots().num_k, tile.k);
+}
+template <class S>
+FASTATTN_HD constexpr SequenceKeyTile sequence_key_tile(const S&, int batch, int k_tile, TileShape) {
+  return {batch, k_tile};
+}
+// What slots() tells, of one sequence.
+template <class S>
+FASTATTN_HD constexpr auto slots_of(const S& schedules, int) {
+  return schedules.slots();
+}
+
 // Visits every tile of a run: body(k_tile, coverage, cells).
 template <class Body>
 FASTATTN_HD constexpr void for_each_tile(TileRun run, Body&& body) {

@@ -41,6 +41,10 @@ struct SequenceBand {
   }
   constexpr int query_box(TileShape shape) const { return shape.q; }
   constexpr int key_box(TileShape shape) const { return shape.k; }
+
+  FASTATTN_HD constexpr SequenceBand transposed() const {
+    return {num_k, num_q, first_key, first_query, band.transposed()};
+  }
 };
 
 // The bands of all sequences, which share one batch entry of the tensors.
@@ -50,7 +54,7 @@ struct SequenceBands {
   int count;
   int tokens_q, tokens_k;  // of the tensors
   // In memory of the device: sequence s has the tokens from cu_seqlens[s] to cu_seqlens[s + 1] [count + 1], of which
-  // the first seqused[s] [count] are used; null: all. What lies outside the tensors is cut off; queries after the last
+  // the first seqused[s] [count] are used; null: all. What lies outside the tensors is cut off; tokens after the last
   // sequence belong to it, unused.
   const std::int32_t *cu_seqlens_q, *cu_seqlens_k, *seqused_q, *seqused_k;
 
@@ -58,23 +62,40 @@ struct SequenceBands {
   constexpr Band slots() const { return of_longest.slots(); }
 
   FASTATTN_HD constexpr SequenceBand at(int sequence, int head) const {
+    return in_sequence(sequence, of_longest.at(0, head));
+  }
+  FASTATTN_HD constexpr SequenceBand slots_of(int sequence) const { return in_sequence(sequence, slots()); }
+
+  // The first tile of a sequence among those of all: the tokens before it fill no more than that many, and one that is
+  // not full for each sequence.
+  FASTATTN_HD constexpr int first_tile(int sequence, TileShape tile) const {
+    return clamp(cu_seqlens_q[sequence], tokens_q) / tile.q + sequence;
+  }
+  FASTATTN_HD constexpr int first_key_tile(int sequence, TileShape tile) const {
+    return clamp(cu_seqlens_k[sequence], tokens_k) / tile.k + sequence;
+  }
+
+  // The last sequence whose first tile, by first_of(sequence), is not after `tile`.
+  template <class FirstOf>
+  FASTATTN_HD constexpr int sequence_of(int tile, FirstOf&& first_of) const {
+    int sequence = 0, end = count;  // it lies before `end`
+    while (sequence + 1 < end) {
+      const int middle = (sequence + end) / 2;
+      (first_of(middle) <= tile ? sequence : end) = middle;
+    }
+    return sequence;
+  }
+
+ private:
+  FASTATTN_HD constexpr SequenceBand in_sequence(int sequence, Band band) const {
     const Interval q = tokens(cu_seqlens_q, sequence, tokens_q), k = tokens(cu_seqlens_k, sequence, tokens_k);
-    const Band band = of_longest.at(0, head);
     const bool last = sequence + 1 == count;
     return {(last ? tokens_q : q.end) - q.begin,
-            k.end - k.begin,
+            (last ? tokens_k : k.end) - k.begin,
             q.begin,
             k.begin,
             {used(seqused_q, sequence, q), used(seqused_k, sequence, k), band.left, band.right}};
   }
-
-  // The first query tile of a sequence among those of all: the tokens before it fill no more than that many, and one
-  // that is not full for each sequence.
-  FASTATTN_HD constexpr int first_tile(int sequence, TileShape tile) const {
-    return clamp(cu_seqlens_q[sequence], tokens_q) / tile.q + sequence;
-  }
-
- private:
   FASTATTN_HD static constexpr int clamp(int token, int tokens) { return min_of(max_of(token, 0), tokens); }
   FASTATTN_HD static constexpr Interval tokens(const std::int32_t* cu_seqlens, int sequence, int tokens) {
     const int begin = clamp(cu_seqlens[sequence], tokens);
@@ -92,16 +113,24 @@ FASTATTN_HD constexpr int num_q_tiles(const SequenceBands& schedules, TileShape 
   return schedules.tokens_q / tile.q + schedules.count;
 }
 FASTATTN_HD constexpr SequenceTile sequence_tile(const SequenceBands& schedules, int, int q_tile, TileShape tile) {
-  int sequence = 0, end = schedules.count;  // the last one whose first tile is not after q_tile lies before `end`
-  while (sequence + 1 < end) {
-    const int middle = (sequence + end) / 2;
-    (schedules.first_tile(middle, tile) <= q_tile ? sequence : end) = middle;
-  }
+  const int sequence = schedules.sequence_of(q_tile, [&](int s) { return schedules.first_tile(s, tile); });
   return {sequence, q_tile - schedules.first_tile(sequence, tile)};
 }
 FASTATTN_HD constexpr int batch_of(const SequenceBands&, int) { return 0; }
 
-static_assert(TileSchedule<SequenceBand> && ScheduleFamily<SequenceBands>);
+FASTATTN_HD constexpr int num_k_tiles(const SequenceBands& schedules, TileShape tile) {
+  return schedules.tokens_k / tile.k + schedules.count;
+}
+FASTATTN_HD constexpr SequenceKeyTile sequence_key_tile(const SequenceBands& schedules, int, int k_tile,
+                                                        TileShape tile) {
+  const int sequence = schedules.sequence_of(k_tile, [&](int s) { return schedules.first_key_tile(s, tile); });
+  return {sequence, k_tile - schedules.first_key_tile(sequence, tile)};
+}
+FASTATTN_HD constexpr SequenceBand slots_of(const SequenceBands& schedules, int sequence) {
+  return schedules.slots_of(sequence);
+}
+
+static_assert(ReversibleSchedule<SequenceBand> && ScheduleFamily<SequenceBands>);
 static_assert(is_exact(SequenceBand{19, 25, 100, 200, {17, 22, 6, 0}}, {8, 4}));
 
 }  // namespace fastattn

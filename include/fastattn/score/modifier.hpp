@@ -57,6 +57,13 @@ struct Softcap {
     return where_negative(t, T(0.f) - magnitude, magnitude);
   }
 
+  // What the cap leaves of a score's gradient, from what it has made of the score: 1 − tanh².
+  template <class T>
+  FASTATTN_HD T slope(T capped) const {
+    const T tanh = capped * (1.f / cap_log2);
+    return T(1.f) - tanh * tanh;
+  }
+
   FASTATTN_HD float shortcut(float t) const {
     const float square = t * t;
     float sum = terms[kTerms - 1];
