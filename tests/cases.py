@@ -100,6 +100,8 @@ CASES = [
     Case(300, 90, window=(10, 10), kv_heads=2),  # queries before and after the keys see nothing
     Case(257, 384, head_dim=128, kv_heads=2, causal=True),
     Case(384, 257, head_dim=128, kv_heads=2, window=(100, 20)),
+    Case(600, 650, heads=8, kv_heads=8),  # the wide tiles of a CPU's backward
+    Case(650, 600, heads=16, kv_heads=8, causal=True),
     Case(70, 90, scale=0.02),
     Case(70, 90, scale=1.5, causal=True),
 ]

@@ -227,6 +227,30 @@ def test_opcheck_and_compile(name: str, device, dtype) -> None:
     assert torch.equal(compiled(q, k, v), fastattn.attention(q, k, v, **options))
 
 
+@pytest.mark.parametrize("wanted", [[True] * 4, [False, True, False, True]], ids=str)
+def test_opcheck_and_compile_backward(wanted: list[bool], device, dtype) -> None:
+    needs(device, "softcap or key_bias", "some inputs alone")
+    case = Case(SEQ_Q, SEQ_K, heads=HEADS, kv_heads=2, head_dim=16)
+    inputs, bias = case.inputs(device, dtype), key_bias(2, 1).to(device)
+    out, lse = torch.ops.fastattn.attention(*inputs, None, bias, softcap=2.0)
+    arguments = (*case.cotangents(device, dtype), *inputs, out, lse, bias)
+    options = {"softcap": 2.0, "wanted": wanted}
+    torch.library.opcheck(torch.ops.fastattn.attention_backward.default, arguments, options)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+        return fastattn.attention(q, k, v, softcap=2.0, key_bias=bias)
+
+    leaves = [x.requires_grad_(is_wanted) for x, is_wanted in zip((*inputs, bias), wanted, strict=True)]
+    torch.compiler.reset()
+    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
+    wanted_leaves = [x for x in leaves if x.requires_grad]
+    results, expected = (
+        torch.autograd.grad(function(*leaves).float().sum(), wanted_leaves) for function in (compiled, attend)
+    )
+    for result, truth in zip(results, expected, strict=True):
+        assert torch.equal(result, truth)
+
+
 def test_vmap(device, dtype) -> None:
     q, k, v = (x.unflatten(0, (2, 1)) for x in Case(60, 70, heads=HEADS).inputs(device, dtype))
     bias, sinks = torch.randn(2, 1, 1, 70, device=device), torch.randn(HEADS, device=device)

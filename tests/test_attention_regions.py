@@ -285,6 +285,15 @@ def test_opcheck_and_compile(name: str, device, dtype) -> None:
     assert torch.equal(compiled(q, k, v), fastattn.attention(q, k, v, **options))
 
 
+def test_opcheck_backward(device, dtype) -> None:
+    needs(device, "rectangles or segments")
+    case = Case(SEQ_Q, SEQ_K, heads=HEADS, kv_heads=2, head_dim=16)
+    inputs, masks = case.inputs(device, dtype), on(device, (EACH_OF_BATCH, *SORTED))
+    out, lse = torch.ops.fastattn.attention(*inputs, None, None, None, None, *masks, causal=True)
+    arguments = (*case.cotangents(device, dtype), *inputs, out, lse, None, None, None, *masks)
+    torch.library.opcheck(torch.ops.fastattn.attention_backward.default, arguments, {"causal": True})
+
+
 @pytest.mark.parametrize("shared", [False, True])
 def test_vmap(shared: bool, device, dtype) -> None:
     """Over the masks too; an entry that a batch shares stays one for all of it."""

@@ -157,6 +157,18 @@ def test_deterministic_is_read_at_the_call_when_compiled(device, dtype) -> None:
         torch.use_deterministic_algorithms(False)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_entry_of_a_batch_is_what_it_is_alone(dtype: torch.dtype) -> None:
+    """A CPU's gradients have one order of summation, whatever the tiles are that so many heads suit."""
+    case = Case(600, 600, batch=2, heads=8, kv_heads=8, causal=True)
+    q, k, v = case.inputs("cpu", dtype)
+    dout, dlse = case.cotangents("cpu", dtype)
+    together = gradients(attention, {"q": q, "k": k, "v": v}, (dout, dlse))
+    alone = gradients(attention, {"q": q[1:], "k": k[1:], "v": v[1:]}, (dout[1:], dlse[1:]))
+    for x, gradient in alone.items():
+        assert torch.equal(gradient, together[x][1:])
+
+
 @pytest.mark.parametrize(
     ("wanted", "products"), [("q", 3), ("k", 3), ("v", 2), ("kv", 4), ("qk", 4), ("qv", 4), ("qkv", 5)]
 )

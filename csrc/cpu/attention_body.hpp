@@ -30,7 +30,14 @@ void attention_backward(BackwardTensors tensors, const Attention& p, const Sched
         return;
       }
     }
-    backward<Isa, Element>(tensors, schedules, Softmax{p.scale * kLog2E}, p.scale, threads);
+    const Softmax score{p.scale * kLog2E};
+    if constexpr (std::is_same_v<Schedules, Bands>) {
+      if (suits_wide_tiles(p.q, p.k)) {
+        backward<Isa, Element, kWideBackwardTile>(tensors, schedules, score, p.scale, threads);
+        return;
+      }
+    }
+    backward<Isa, Element>(tensors, schedules, score, p.scale, threads);
   });
 }
 

@@ -195,9 +195,10 @@ void pack_rows(Panels<Isa> b, const Rows<Element, kSlots>& rows, int dim) {
   }
 }
 
-// The first b.columns rows as the columns of B, whose depth is the dims.
+// The first b.columns rows as the columns of B, whose depth is the dims. What is read is packed as rows as well, if
+// that is asked for: then with as many of them.
 template <class Isa, class Element, int kSlots>
-void pack_columns(Panels<Isa> b, const Rows<Element, kSlots>& rows) {
+void pack_columns(Panels<Isa> b, const Rows<Element, kSlots>& rows, const Panels<Isa>* as_rows = nullptr) {
   constexpr int kWidth = Vector<Isa>::kWidth;
   for (int column = 0; column < b.columns; column += kWidth) {
     for (int d = 0; d < b.depth; d += kWidth) {
@@ -210,6 +211,14 @@ void pack_columns(Panels<Isa> b, const Rows<Element, kSlots>& rows) {
       } else {
         for (int i = 0; i < kWidth; ++i) {
           block[i] = load_some<Isa>(rows[column + i] + d, b.depth - d);
+        }
+      }
+      if (as_rows != nullptr) {
+        float* const to = as_rows->at(column, d);
+        const int stride = as_rows->stride_at(d);
+#pragma GCC unroll 16
+        for (int i = 0; i < kWidth; ++i) {
+          block[i].store(to + i * stride);
         }
       }
       transpose(block);

@@ -80,10 +80,17 @@ struct Vector<Avx2> {
     return _mm256_blendv_ps(otherwise.lanes, zero.lanes, _mm256_cmp_ps(x.lanes, _mm256_setzero_ps(), _CMP_EQ_OQ));
   }
 
-  // significand · 2^exponent for a whole exponent up to 128; 0 where it is below −126.
+  // Within the range of exponents, so that ±∞ and what overflows have a fraction; NaN passes (it comes second).
+  friend Vector held_exponent(Vector a) { return min_of(Vector(128.f), max_of(Vector(-127.f), a)); }
+  // How far a is above the whole number below it, up to 128; 0 of ±∞.
+  friend Vector fraction_of(Vector a) {
+    const Vector held = held_exponent(a);
+    return held - floor(held);
+  }
+  // significand · 2^⌊exponent⌋; 0 where the exponent is below −126.
   friend Vector scale_by_power(Vector significand, Vector exponent) {
-    const __m256i biased =
-        _mm256_add_epi32(_mm256_cvtps_epi32(max_of(Vector(-127.f), exponent).lanes), _mm256_set1_epi32(127));
+    const __m256i whole = _mm256_cvtps_epi32(floor(held_exponent(exponent)).lanes);
+    const __m256i biased = _mm256_add_epi32(whole, _mm256_set1_epi32(127));
     return significand * Vector(_mm256_castsi256_ps(_mm256_slli_epi32(biased, 23)));
   }
 
@@ -162,7 +169,6 @@ struct Vector<Avx512> {
   friend Vector fused_multiply_add(Vector a, Vector b, Vector c) { return _mm512_fmadd_ps(a.lanes, b.lanes, c.lanes); }
   friend Vector max_of(Vector a, Vector b) { return _mm512_max_ps(a.lanes, b.lanes); }
   friend Vector min_of(Vector a, Vector b) { return _mm512_min_ps(a.lanes, b.lanes); }
-  friend Vector floor(Vector a) { return _mm512_floor_ps(a.lanes); }
   friend Vector inverse_of_one_plus(Vector a) {
     const __m512 one = _mm512_set1_ps(1.f);
     return _mm512_div_ps(one, _mm512_add_ps(one, a.lanes));
@@ -177,6 +183,7 @@ struct Vector<Avx512> {
     return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(x.lanes, _mm512_setzero_ps(), _CMP_EQ_OQ), otherwise.lanes,
                                 zero.lanes);
   }
+  friend Vector fraction_of(Vector a) { return _mm512_reduce_ps(a.lanes, _MM_FROUND_TO_NEG_INF); }
   friend Vector scale_by_power(Vector significand, Vector exponent) {
     return _mm512_scalef_ps(significand.lanes, exponent.lanes);
   }
@@ -228,15 +235,13 @@ Vector<Isa> rounded_to_float8(Vector<Isa> x) {
 template <class Isa>
 Vector<Isa> exp2(Vector<Isa> x) {
   using V = Vector<Isa>;
-  // Held within the range of exponents, ±∞ and what overflows have a fraction; NaN passes (it comes second).
-  const V held = min_of(V(128.f), max_of(V(-151.f), x));
-  const V whole = floor(held), fraction = held - whole;
+  const V fraction = fraction_of(x);
   V p = fused_multiply_add(V(0x1.e974fcp-10f), fraction, V(0x1.277854p-7f));
   p = fused_multiply_add(p, fraction, V(0x1.c91ce6p-5f));
   p = fused_multiply_add(p, fraction, V(0x1.ebdb56p-3f));
   p = fused_multiply_add(p, fraction, V(0x1.62e4bap-1f));
   p = fused_multiply_add(p, fraction, V(1.f));
-  return scale_by_power(p, whole);
+  return scale_by_power(p, x);
 }
 
 }  // namespace fastattn::cpu
