@@ -59,7 +59,7 @@ struct SequenceBands {
   const std::int32_t *cu_seqlens_q, *cu_seqlens_k, *seqused_q, *seqused_k;
 
   constexpr bool suits(TileShape tile) const { return of_longest.suits(tile); }
-  constexpr Band slots() const { return of_longest.slots(); }
+  FASTATTN_HD constexpr Band slots() const { return of_longest.slots(); }
 
   FASTATTN_HD constexpr SequenceBand at(int sequence, int head) const {
     return in_sequence(sequence, of_longest.at(0, head));
