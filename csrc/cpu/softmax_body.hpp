@@ -13,7 +13,7 @@ struct Tiles {
 
 // `problem` is one like AttentionBackward, of `p`.
 template <class Problem, class Forward>
-BackwardTensors softmax_tensors(const Problem& problem, const Forward& p) {
+FASTATTN_HD BackwardTensors softmax_tensors(const Problem& problem, const Forward& p) {
   return {.q = p.q,
           .k = p.k,
           .v = p.v,

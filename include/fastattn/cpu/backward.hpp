@@ -38,15 +38,13 @@ FASTATTN_HD RowTerms row_terms_of(const BackwardTensors& x, std::int64_t b, std:
 inline constexpr TileShape kBackwardTile{96, 64}, kWideBackwardTile{192, 64};
 
 // Are there so many wide tiles that no thread is left without?
-constexpr bool suits_wide_tiles(const TensorView& q, const TensorView& k) {
-  constexpr std::int64_t kEnough = 64;
-  const auto tiles = [](const TensorView& x) {
-    return x.batch() * x.heads() * ceil_div<std::int64_t>(x.seq(), kWideBackwardTile.q);
-  };
-  return min_of(tiles(q), tiles(k)) >= kEnough;
+FASTATTN_HD bool suits_wide_tiles(const TensorView& q, const TensorView& k) {
+  constexpr std::int64_t kEnough = 64, kRows = kWideBackwardTile.q;
+  return q.batch() * q.heads() * ceil_div(q.seq(), kRows) >= kEnough &&
+         k.batch() * k.heads() * ceil_div(k.seq(), kRows) >= kEnough;
 }
 
-constexpr TileShape transposed(TileShape tile) { return {tile.k, tile.q}; }
+FASTATTN_HD constexpr TileShape transposed(TileShape tile) { return {tile.k, tile.q}; }
 
 template <class Isa, class Element>
 void compute_row_terms(const BackwardTensors& x, const Threads& threads) {
