@@ -1,0 +1,52 @@
+"""A model learns over fastattn's attention what it learns over torch's, step by step."""
+
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+import fastattn
+from training import Attention, Run
+
+ours = partial(fastattn.attention, causal=True)
+
+
+def torchs(backend: SDPBackend) -> Attention:
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with sdpa_kernel(backend):
+            out = scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), is_causal=True)
+        return out.transpose(1, 2)
+
+    return attend
+
+
+def assert_learned(losses: Tensor) -> None:
+    """At first all bytes are as likely as any, or worse; to know their frequencies takes the loss to 3.4."""
+    assert losses[0] > 5
+    assert losses[-10:].mean() < 3
+
+
+def test_curves_agree_in_float32() -> None:
+    run = Run(dim=64, heads=2, seq=64, batch=8, learning_rate=3e-3, dtype=torch.float32, device="cpu")
+    curve = run.losses(ours)
+    assert_learned(curve)
+    # Two of torch's backends, which differ in the order of sums alone, are 5e-7 apart, one rounding of a loss. If a
+    # gradient of q, k or v were 1 % too large, it would be 1e-4 or more.
+    assert (curve - run.losses(torchs(SDPBackend.FLASH_ATTENTION))).abs().max() < 1e-5
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_curves_agree_in_bfloat16(head_dim: int) -> None:
+    run = Run(
+        dim=256, heads=256 // head_dim, seq=512, batch=16, learning_rate=1e-3, dtype=torch.bfloat16, device="cuda"
+    )
+    curve = run.losses(ours)
+    assert_learned(curve)
+    flash, cudnn = (run.losses(torchs(x)) for x in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION))
+    # Roundings to bfloat16 grow from step to step. How far they lead apart, two backends of torch tell, which round the
+    # same numbers and sum them up in other orders.
+    assert (curve - flash).abs().max() < 3 * (cudnn - flash).abs().max()
