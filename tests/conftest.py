@@ -22,6 +22,15 @@ def why_no_gpu() -> str | None:
     return None
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--repeats", type=int, default=20, help="Runs whose bits test_determinism.py compares.")
+
+
+@pytest.fixture
+def repeats(request: pytest.FixtureRequest) -> int:
+    return request.config.getoption("--repeats")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     reason = why_no_gpu()
     if reason is not None:

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # What only a GPU can prove, on a machine that needs no network.
-#   tools/gpu_check.sh [tests] [sanitizer] [bench] [records] [ncu]     without arguments: all but ncu
+#   tools/gpu_check.sh [tests] [determinism] [sanitizer] [bench] [records] [ncu]     without arguments: all but ncu
 # Logs, records and a summary go to $OUT (gpu-check). Exit status 1 if any step failed.
 #   PYTHON      has torch, pytest and fastattn                       (python3)
 #   BENCH       fastattn_bench, built with CUDA                      (build/fastattn_bench)
@@ -31,6 +31,11 @@ run() {
 
 tests() {
   run tests "$python" -m pytest -m gpu -p no:cacheprovider
+}
+
+# The tests of it compare fewer runs.
+determinism() {
+  run determinism "$python" -m pytest -m gpu -p no:cacheprovider tests/test_determinism.py --repeats 1000
 }
 
 # under_pytest FILE TESTS: the GPU tests of test_FILE.py that match, under $tool
@@ -91,12 +96,12 @@ ncu() {
   done
 }
 
-[[ $# -gt 0 ]] || set -- tests sanitizer bench records
+[[ $# -gt 0 ]] || set -- tests determinism sanitizer bench records
 for step in "$@"; do
   case $step in
-    tests | sanitizer | bench | records | ncu) "$step" ;;
+    tests | determinism | sanitizer | bench | records | ncu) "$step" ;;
     *)
-      echo "gpu_check.sh: step '$step'; allowed: tests, sanitizer, bench, records, ncu" >&2
+      echo "gpu_check.sh: step '$step'; allowed: tests, determinism, sanitizer, bench, records, ncu" >&2
       exit 2
       ;;
   esac

@@ -1,0 +1,75 @@
+"""With `deterministic=True`, results and gradients are the same bits in every run; `--repeats` says in how many."""
+
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor
+
+import fastattn
+from cases import Case
+from fastattn import BlockList
+
+GRIDS = {"cpu": (10, 20), "cuda": (40, 50)}
+"""Tokens of a problem: on a GPU enough for more thread blocks than run at once."""
+
+
+def sparse(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    blocks = BlockList.from_predicate(
+        lambda b, h, i, j: (h + i + j) % 3 < 2,
+        seq_q=q.shape[1],
+        seq_k=k.shape[1],
+        heads=q.shape[2],
+        block_size=(64, 64),
+        device=q.device,
+    )
+    return fastattn.block_sparse_attention(q, k, v, blocks, deterministic=True)
+
+
+def neighborhood(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    grids = (x.unflatten(1, GRIDS[x.device.type]) for x in (q, k, v))
+    return fastattn.neighborhood_attention(*grids, window=(9, 12), deterministic=True).flatten(1, 2)
+
+
+def sigmoid(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    return fastattn.sigmoid_attention(q, k, v, bias=bias, deterministic=True)
+
+
+attention = partial(fastattn.attention, deterministic=True)
+OPS: dict[str, tuple[Callable[..., Tensor], tuple[int, ...]]] = {
+    "attention": (attention, (64, 128, 256)),
+    "causal": (partial(attention, causal=True), (64, 128, 256)),
+    "sparse": (sparse, (64, 128)),
+    "neighborhood": (neighborhood, (64, 128)),
+    "sigmoid": (sigmoid, (64, 128)),
+}
+
+
+def disturb(device: str, repeat: int) -> None:
+    """Other work beside that of the op, so that its thread blocks do not begin in the same order each time."""
+    if device == "cuda":
+        with torch.cuda.stream(torch.cuda.Stream()):
+            x = torch.randn(2048, 64 * (1 + repeat % 16), device=device)
+            x @ x.T
+
+
+@pytest.mark.parametrize(("op", "head_dim"), [(op, head_dim) for op, (_, dims) in OPS.items() for head_dim in dims])
+def test_every_run_gives_the_same_bits(op: str, head_dim: int, device: str, dtype: torch.dtype, repeats: int) -> None:
+    attend, _ = OPS[op]
+    rows, columns = GRIDS[device]
+    case = Case(rows * columns, rows * columns, heads=16, kv_heads=4, head_dim=head_dim)
+    inputs = [*case.inputs(device, dtype)]
+    if op == "sigmoid":
+        inputs.append(torch.randn(case.heads, device=device))  # its bias, whose gradient is a sum over a head's scores
+    inputs = [x.requires_grad_() for x in inputs]
+    dout, _ = case.cotangents(device, dtype)
+
+    def results() -> tuple[Tensor, ...]:
+        out = attend(*inputs)
+        return out, *torch.autograd.grad(out, inputs, dout)
+
+    first = results()
+    for repeat in range(repeats):
+        disturb(device, repeat)
+        assert all(map(torch.equal, results(), first)), f"run {repeat}"
