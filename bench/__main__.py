@@ -4,7 +4,8 @@ import importlib
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -88,7 +89,7 @@ def measure(
     dout = torch.randn(
         (*q.shape[:-1], v.shape[-1]), generator=torch.Generator(device).manual_seed(1), device=device
     ).to(q.dtype)
-    backward = any(mode != "fwd" for mode in modes)
+    backward = any(MODES[mode].gradients for mode in modes)
     keep = partial(case.keep, device=device)
 
     def formula(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
@@ -96,35 +97,55 @@ def measure(
 
     sample = Float64Sample(formula, keep, q, k, v, dout if backward else None)
 
+    def error_of(result: Any, mode: str) -> float:
+        gradients = MODES[mode].gradients
+        return sample.gradient_error(result, gradients) if gradients else sample.error(result)
+
     measurements = []
     for mode in modes:
         measurement = Measurement(op.name, case, mode, dtype, case.bound_speedup(device))
         calls = {}
-        for name, contestant in {OURS: op.ours, **peers}.items():
-            try:
-                call = prepare(contestant.build(case), q, k, v, dout, mode)
-                result = call()
-                if not contestant.yardstick:
-                    measurement.errors[name] = sample.error(result) if mode == "fwd" else sample.gradient_error(result)
-                calls[name] = call
-            except UnsupportedCaseError as error:
-                measurement.troubles[name] = str(error)
-            except Exception as error:  # a peer's failure, whatever it is, must not cost the others their measurement
-                measurement.troubles[name] = f"{type(error).__name__}: {error}".splitlines()[0]
-        measurement.times = interleaved_times(calls, device, seconds)
+        with determinism(mode):
+            for name, contestant in {OURS: op.ours, **peers}.items():
+                try:
+                    call = prepare(contestant.build(case), q, k, v, dout, mode)
+                    result = call()
+                    if not contestant.yardstick:
+                        measurement.errors[name] = error_of(result, mode)
+                    calls[name] = call
+                except UnsupportedCaseError as error:
+                    measurement.troubles[name] = str(error)
+                except Exception as error:  # a peer's failure, whatever it is, must not cost the others theirs
+                    measurement.troubles[name] = f"{type(error).__name__}: {error}".splitlines()[0]
+            if calls:
+                measurement.times = interleaved_times(calls, device, seconds)
         measurements.append(measurement)
     return measurements
 
 
+@contextmanager
+def determinism(mode: str) -> Iterator[None]:
+    """Tells torch if the mode wants it, which ours and its peers follow."""
+    torch.utils.deterministic.fill_uninitialized_memory = False  # it would be timed
+    torch.use_deterministic_algorithms(MODES[mode].deterministic)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.utils.deterministic.fill_uninitialized_memory = True
+
+
 def prepare(attention: Attention, q: Tensor, k: Tensor, v: Tensor, dout: Tensor, mode: str) -> Callable[[], Any]:
-    """The call to be timed. Its result is the output, or the gradients of q, k and v."""
+    """The call to be timed. Its result is the output, or the mode's gradients."""
     if mode == "fwd":
         return lambda: attention(q, k, v)
-    inputs = tuple(x.detach().requires_grad_() for x in (q, k, v))
+    named = zip("qkv", (q, k, v), strict=True)
+    inputs = [x.detach().requires_grad_(name in MODES[mode].gradients) for name, x in named]
+    wanted = [x for x in inputs if x.requires_grad]
     if mode == "fwd+bwd":
-        return lambda: torch.autograd.grad(attention(*inputs), inputs, dout)
+        return lambda: torch.autograd.grad(attention(*inputs), wanted, dout)
     out = attention(*inputs)
-    return lambda: torch.autograd.grad(out, inputs, dout, retain_graph=True)
+    return lambda: torch.autograd.grad(out, wanted, dout, retain_graph=True)
 
 
 def main(

@@ -114,8 +114,8 @@ const AddOp<AttentionCase, AttentionProblem> kOp{
         "b8_s128_h8_d64",
         "b1_s4096_h8_kv2_d64_causal",
     },
-    // Eight dense cases of 16,384 tokens and hidden size 2048, then short sequences, images, grouped heads, a sliding
-    // window and other sizes of heads.
+    // Twelve dense cases of 16,384 tokens and hidden size 2048, then short and long sequences, images, grouped heads, a
+    // sliding window and other sizes of heads.
     {
         "b4_s4096_h32_d64",
         "b4_s4096_h32_d64_causal",
@@ -125,11 +125,17 @@ const AddOp<AttentionCase, AttentionProblem> kOp{
         "b1_s16384_h32_d64_causal",
         "b1_s16384_h16_d128",
         "b1_s16384_h16_d128_causal",
+        "b4_s4096_h8_d256",
+        "b4_s4096_h8_d256_causal",
+        "b1_s16384_h8_d256",
+        "b1_s16384_h8_d256_causal",
         "b32_s512_h32_d64_causal",
         "b32_s512_h16_d128_causal",
         "b16_s1024_h32_d64_causal",
         "b16_s1024_h16_d128_causal",
         "b8_s2048_h16_d128_causal",
+        "b2_s8192_h16_d128_causal",
+        "b1_s32768_h16_d128_causal",
         "b4_s4113_h16_d128_causal",
         "b64_s197_h16_d64",
         "b64_s577_h16_d64",
@@ -138,10 +144,6 @@ const AddOp<AttentionCase, AttentionProblem> kOp{
         "b2_s8192_h32_kv8_d64_causal",
         "b2_s8192_h32_kv8_d128_causal",
         "b1_s16384_h16_d128_window1024",
-        "b4_s4096_h8_d256",
-        "b4_s4096_h8_d256_causal",
-        "b1_s16384_h8_d256",
-        "b1_s16384_h8_d256_causal",
         "b1_s16384_h64_d32",
         "b1_s16384_h20_d96_causal",
         "b1_s16384_h16_d128_causal_sinks",

@@ -59,11 +59,10 @@ struct Case {
   virtual bool has_backward(bool /*on_gpu*/) const { return true; }
   virtual double rounding() const { return 0.; }  // the error that an op of its own format may add to that of the dtype
 
-  // Two matrix products forward; five, two and a half times that, backward.
+  // Two matrix products forward, five backward.
   double flops(bool backward) const {
-    const double forward =
-        2. * static_cast<double>(batch * heads * (head_dim + value_dim)) * static_cast<double>(seq_q * seq_k);
-    return forward * density() * (backward ? 2.5 : 1.);
+    const std::int64_t per_score = backward ? 3 * head_dim + 2 * value_dim : head_dim + value_dim;
+    return 2. * static_cast<double>(batch * heads * per_score) * static_cast<double>(seq_q * seq_k) * density();
   }
 
   std::string name;

@@ -12,8 +12,27 @@ from torch import Tensor
 
 from fastattn.measure import Formula, Part
 
-MODES = ("fwd", "bwd", "fwd+bwd")
-_FORWARDS = {"fwd": 1.0, "bwd": 2.5, "fwd+bwd": 3.5}  # matrix products, in units of the forward's two
+
+@dataclass(frozen=True)
+class Mode:
+    """What is measured of an op."""
+
+    title: str
+    products: tuple[int, int]
+    """Matrix products along head_dim and along that of values."""
+    gradients: str = ""
+    """Of which of q, k and v."""
+    deterministic: bool = False
+
+
+MODES = {
+    "fwd": Mode("forward", (1, 1)),
+    "bwd": Mode("backward", (3, 2), "qkv"),
+    "fwd+bwd": Mode("forward and backward", (4, 3), "qkv"),
+    "bwd_q": Mode("backward to q alone", (2, 1), "q"),
+    "bwd_kv": Mode("backward to k and v alone", (2, 2), "kv"),
+    "bwd_deterministic": Mode("deterministic backward", (3, 2), "qkv", deterministic=True),
+}
 
 
 @dataclass(frozen=True)
@@ -132,7 +151,8 @@ class Case(ABC):
         return self.batch * self.heads * math.prod(self.q_tokens) * math.prod(self.k_tokens)
 
     def flops(self, mode: str) -> float:
-        return 2 * self.scores * self.density * (self.head_dim + self.value_dim) * _FORWARDS[mode]
+        of_head_dim, of_value_dim = MODES[mode].products
+        return 2 * self.scores * self.density * (of_head_dim * self.head_dim + of_value_dim * self.value_dim)
 
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -163,7 +183,7 @@ class Op:
     """Of each type of device."""
     cases: Mapping[str, tuple[str, ...]]
     """Names of the listed cases, for each type of device; the C++ program lists the same."""
-    modes: tuple[str, ...] = MODES
+    modes: tuple[str, ...] = tuple(MODES)
     """What there is to measure."""
     forward_cases: tuple[str, ...] = ()
     """Listed cases of which there is a forward alone."""

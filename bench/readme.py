@@ -11,8 +11,9 @@ from typing import Annotated, Any
 
 import typer
 
-from . import call_overhead, chart
+from . import call_overhead, chart, memory
 from .attention import AttentionCase
+from .op import MODES
 from .ops import OPS
 from .records import RESULTS, Record, of_bound, read
 
@@ -46,8 +47,8 @@ def all_records() -> Iterator[tuple[str, list[Record]]]:
 
 def summary() -> str:
     """A row for each op, machine and mode."""
-    headings = ("op", "machine", "mode", "cases", "faster than the best peer", "than our dense attention")
-    lines = [f"| {' | '.join(headings)} |", "|---|---|---|--:|--:|--:|"]
+    headings = ["op", "machine", "mode", "cases", "faster than the best peer", "than our dense attention"]
+    rows = []
     for op, records in all_records():
         for mode in dict.fromkeys(record["mode"] for record in records):
             of_mode = [record for record in records if record["mode"] == mode]
@@ -57,9 +58,8 @@ def summary() -> str:
                 continue
             machine = of_mode[0]["machine"]
             name = machine.get("gpu") or f"{machine['cpu']}, {machine['threads']} threads"
-            cells = (f"`{op}`", name, mode, str(len(of_mode)), spread(ratios), spread(speedups))
-            lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) if len(lines) > 2 else "Not measured yet."
+            rows.append([f"`{op}`", name, mode, str(len(of_mode)), spread(ratios), spread(speedups)])
+    return grid(headings, rows, words=3) if rows else "Not measured yet."
 
 
 def spread(ratios: list[float]) -> str:
@@ -96,53 +96,65 @@ def figures() -> str:
         if op != heading:
             parts.append(f"## `{op}`")
             heading = op
-        parts.append(table(records))
-    overheads = [records for path in sorted(RESULTS.glob(f"{call_overhead.NAME}.*.json")) if (records := read(path))]
-    if overheads:
-        meanings = "; ".join(f"{name}: {meaning}" for name, meaning in call_overhead.PARTS.items())
-        parts += [
-            "## Call overhead",
-            f"Microseconds of the CPU's time a call. {meanings}.",
-            *map(overhead_table, overheads),
-        ]
+        parts += tables(records)
+    meanings = "; ".join(f"{name}: {meaning}" for name, meaning in call_overhead.PARTS.items())
+    overhead = f"Microseconds of the CPU's time a call. {meanings}."
+    parts += section("Call overhead", overhead, call_overhead.NAME, "times_us")
+    parts += section("Memory", memory.MEANING, memory.NAME, "mib")
     return "\n\n".join(parts) + "\n"
 
 
-def overhead_table(records: list[Record]) -> str:
-    """One machine: a row for each mode."""
-    names = list(dict.fromkeys(name for record in records for name in record["times_us"]))
-    lines = [
-        f"**{machine_line(records)}**",
-        "",
-        f"| case | dtype | mode | {' | '.join(names)} |",
-        f"|---|---|---{'|--:' * len(names)}|",
-    ]
-    for record in records:
-        times = [f"{record['times_us'][name]:.3g}" if name in record["times_us"] else "–" for name in names]
-        case = AttentionCase.parse(record["case"]).described
-        lines.append(f"| {case} | {record['dtype']} | {record['mode']} | {' | '.join(times)} |")
-    return "\n".join(lines)
+def section(title: str, text: str, name: str, field: str) -> list[str]:
+    """Records of attention's calls: for each machine a table with a row for each case and mode, or nothing."""
+    machines = [records for path in sorted(RESULTS.glob(f"{name}.*.json")) if (records := read(path))]
+    parts = [f"## {title}", text] if machines else []
+    for records in machines:
+        contestants = list(dict.fromkeys(name for record in records for name in record[field]))
+        rows = [
+            [
+                AttentionCase.parse(record["case"]).described,
+                record["dtype"],
+                record["mode"],
+                *(f"{record[field][name]:.3g}" if name in record[field] else "–" for name in contestants),
+            ]
+            for record in records
+        ]
+        parts += [f"**{machine_line(records)}**", grid(["case", "dtype", "mode", *contestants], rows, words=3)]
+    return parts
 
 
-def table(records: list[Record]) -> str:
-    """One op on one machine: a row for each case and dtype, with forward and backward side by side."""
+PAIR = ("fwd", "bwd")
+"""The modes that stand side by side."""
+
+
+def tables(records: list[Record]) -> list[str]:
+    """One op on one machine: a row for each case and dtype, forward and backward side by side; then other modes."""
     case_of = OPS[records[0]["op"]].kind.parse
     rows: dict[tuple[str, str], dict[str, Record]] = {}
     for record in records:
         rows.setdefault((record["case"], record["dtype"]), {})[record["mode"]] = record
     any_sparse = any(map(has_dense, records))
     results = ["TFLOP/s", *(["speedup over dense, of bound"] if any_sparse else []), "ratio to best peer", "error"]
-    headings = ["case", "dtype", "forward", *results, "backward", *results]
-    lines = [
-        f"**{machine_line(records)}**",
-        "",
-        f"| {' | '.join(headings)} |",
-        f"|---|---{'|--:' * (len(headings) - 2)}|",
-    ]
+    pairs, others = [], []
     for (case, dtype), modes in rows.items():
-        cells = [cell for mode in ("fwd", "bwd") for cell in result_cells(modes.get(mode), any_sparse)]
-        lines.append(f"| {case_of(case).described} | {dtype} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        named = [case_of(case).described, dtype]
+        if any(mode in modes for mode in PAIR):
+            pairs.append(named + [cell for mode in PAIR for cell in result_cells(modes.get(mode), any_sparse)])
+        for mode, record in modes.items():
+            if mode not in PAIR:
+                share = f"{record['time_us'] / modes['bwd']['time_us']:.2f}" if "bwd" in modes else "–"
+                others.append([*named, MODES[mode].title, *result_cells(record, any_sparse), share])
+    return [
+        f"**{machine_line(records)}**",
+        *([grid(["case", "dtype", "forward", *results, "backward", *results], pairs, words=2)] if pairs else []),
+        *([grid(["case", "dtype", "mode", "time", *results, "of backward"], others, words=3)] if others else []),
+    ]
+
+
+def grid(headings: list[str], rows: list[list[str]], words: int) -> str:
+    """A table whose first columns are words and whose others are numbers."""
+    heading, *lines = [f"| {' | '.join(cells)} |" for cells in (headings, *rows)]
+    return "\n".join([heading, f"|{'---|' * words}{'--:|' * (len(headings) - words)}", *lines])
 
 
 def machine_line(records: list[Record]) -> str:

@@ -7,13 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 import typer
-from bench import call_overhead, chart, estimate_blocks, readme, records
+from bench import call_overhead, chart, estimate_blocks, memory, readme, records
 from bench import quantize_tokens as quantize_bench
-from bench.__main__ import Measurement, chosen_cases, measure
+from bench.__main__ import Measurement, chosen_cases, determinism, measure, prepare
 from bench.attention import BandCase
-from bench.op import Contestant, Op
+from bench.op import MODES, Contestant, Op
 from bench.ops import OPS
+from torch.utils.flop_counter import FlopCounterMode
 
+import fastattn
 from fastattn import measure as measuring
 from fastattn import quantize_tokens, reference
 from fastattn.measure import Part, relative_error
@@ -92,8 +94,7 @@ def test_a_case_that_is_none_is_refused(op: Op, name: str) -> None:
 @op_and_case
 def test_every_contestant_that_runs_here_computes_the_op(op: Op, name: str) -> None:
     peers = op.peers["cpu"]
-    modes = [mode for mode in ("fwd", "bwd") if mode in op.modes]
-    for result in measure(op, op.kind.parse(name), "fp32", modes, peers, CPU, seconds=0):
+    for result in measure(op, op.kind.parse(name), "fp32", [*op.modes], peers, CPU, seconds=0):
         assert set(result.troubles) <= set(peers), result.troubles
         assert result.errors.pop("fastattn") < ROUNDING.get(op.name, 1e-5)
         assert max(result.errors.values(), default=0) < 1e-5
@@ -119,24 +120,49 @@ def test_float64_sample_agrees_with_the_reference_and_notices_errors(
     assert sample.gradient_error(gradients) < 1e-12
     assert sample.error(1.01 * out.detach()) == pytest.approx(0.01)
     assert sample.gradient_error([gradients[0], 1.1 * gradients[1], gradients[2]]) == pytest.approx(0.1)
+    assert sample.gradient_error(gradients[:1], "q") < 1e-12
+    assert sample.gradient_error([1.1 * gradients[1], gradients[2]], "kv") == pytest.approx(0.1)
 
 
 @each_op
 def test_a_measurement_becomes_a_record_that_replaces_its_like(op: Op, tmp_path: Path) -> None:
     path = records.path(tmp_path / "results", op.name, MACHINE)
     case, peers = op.kind.parse(SMALL[op.name][-1]), op.peers["cpu"]
-    modes = [mode for mode in ("fwd", "bwd") if mode in op.modes]
-    fwd, *others = measure(op, case, "fp32", modes, peers, CPU, seconds=0)
+    fwd, *others = measure(op, case, "fp32", [*op.modes], peers, CPU, seconds=0)
     records.merge(path, [m.record(MACHINE, "first") for m in (fwd, *others)])
     records.merge(path, [fwd.record(MACHINE, "second")])
     written = json.loads(path.read_text())
-    assert [(r["mode"], r["commit"]) for r in written] == [("fwd", "second"), *((mode, "first") for mode in modes[1:])]
+    assert [(r["mode"], r["commit"]) for r in written] == [
+        ("fwd", "second"),
+        *((mode, "first") for mode in op.modes[1:]),
+    ]
     for record in written:
         assert record["op"] == op.name
         assert record["error"] < ROUNDING.get(op.name, 1e-5)
         assert record["time_us"] > 0
         assert set(record["against"]) == set(peers)
-    assert case.described in readme.table(written)
+    shown = "".join(readme.tables(written))
+    assert case.described in shown
+    assert all(MODES[mode].title in shown for mode in op.modes)
+
+
+def test_a_mode_asks_for_its_gradients_and_is_counted_as_torch_counts_it() -> None:
+    case = OPS["attention"].kind.parse("b1_s64_h2_d8_causal")
+    inputs, asked = case.inputs(CPU, torch.float32), []
+
+    def attend(*tensors: torch.Tensor) -> torch.Tensor:
+        asked.append("".join(name for name, x in zip("qkv", tensors, strict=True) if x.requires_grad))
+        return fastattn.attention(*tensors, causal=True)
+
+    for name, mode in MODES.items():
+        with FlopCounterMode(display=False) as counter, determinism(name):
+            assert torch.are_deterministic_algorithms_enabled() == mode.deterministic
+            result = prepare(attend, *inputs, torch.ones_like(inputs[0]), name)()
+        assert asked[-1] == mode.gradients
+        assert len(result) == len(mode.gradients or "b")
+        of_forward = case.flops("fwd") if name.startswith("bwd") else 0
+        assert counter.get_total_flops() == pytest.approx(case.flops(name) + of_forward)
+    assert not torch.are_deterministic_algorithms_enabled()
 
 
 def test_a_failing_peer_is_reported_and_costs_the_others_nothing() -> None:
@@ -219,3 +245,39 @@ def test_the_cost_of_a_call_is_recorded_and_shown(tmp_path: Path, monkeypatch: p
     assert "Call overhead" in shown
     assert all(f"| {mode} | " in shown for mode in call_overhead.MODES)
     assert readme.summary() == "Not measured yet."
+
+
+def test_the_memory_of_a_call_is_measured_and_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(case: BandCase) -> None:
+        raise RuntimeError("no such kernel")
+
+    calls = []
+    monkeypatch.setattr(memory, "extra_bytes", lambda call: len(calls.append(call()) or calls) << 20)
+    contestants = {"fastattn": OPS["attention"].ours, "broken": Contestant(broken)}
+    case = OPS["attention"].kind.parse("b1_s16_h1_d8_causal")
+    made = [memory.measure(case, mode, contestants, CPU) for mode in memory.MODES]
+    assert [mib for mib, _ in made] == [{"fastattn": 1}, {"fastattn": 2}, {"fastattn": 3}]
+    assert all(troubles == {"broken": "RuntimeError: no such kernel"} for _, troubles in made)
+    assert [len(result) for result in calls] == [1, 3, 3]
+
+    shared = {"case": case.name, "dtype": "bf16", "commit": "a commit", "machine": MACHINE}
+    new = [{**shared, "mode": mode, "mib": mib} for mode, (mib, _) in zip(memory.MODES, made, strict=True)]
+    records.merge(tmp_path / "memory.h200.json", new)
+    monkeypatch.setattr(readme, "RESULTS", tmp_path)
+    assert f"| {case.described} | bf16 | bwd | 2 |" in readme.figures()
+
+
+@pytest.mark.gpu
+def test_memory_beside_results() -> None:
+    def call() -> torch.Tensor:
+        beside = torch.empty(3 << 20, dtype=torch.uint8, device="cuda")
+        return beside[:5].clone()
+
+    assert memory.extra_bytes(call) == 3 << 20
+
+
+def test_memory_is_not_measured_on_a_cpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(memory, "gpu_obstacle", lambda: "there is no GPU")
+    with pytest.raises(typer.Exit):
+        memory.main()
+    assert "not a CPU's: there is no GPU" in capsys.readouterr().err

@@ -107,17 +107,13 @@ class Float64Sample:
             for head, expected in zip(self.heads, self.expected, strict=True)
         )
 
-    def gradient_error(self, gradients: Sequence[Tensor]) -> float:
-        """The largest relative error among the gradients of q, k and v."""
-        dq, dk, dv = gradients
+    def gradient_error(self, gradients: Sequence[Tensor], names: str = "qkv") -> float:
+        """The largest relative error among the gradients of q, k and v, or of those that are named."""
+        parts = {"q": self._query_heads, "k": self._key_head, "v": self._key_head}
         return max(
-            relative_error(actual, wanted)
+            relative_error(parts[name](gradient, head), expected[1 + "qkv".index(name)])
             for head, expected in zip(self.heads, self.expected, strict=True)
-            for actual, wanted in zip(
-                (self._query_heads(dq, head), self._key_head(dk, head), self._key_head(dv, head)),
-                expected[1:],
-                strict=True,
-            )
+            for name, gradient in zip(names, gradients, strict=True)
         )
 
     def _expected(
