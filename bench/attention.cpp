@@ -27,9 +27,7 @@ struct AttentionCase final : BandCase {
     return capped + (bias ? bias_of(key) : 0.f);
   }
   double sink() const override { return sinks ? kSink : BandCase::sink(); }
-  bool has_backward(bool on_gpu) const override {
-    return softcap == 0 && !bias && head_dim == value_dim && (!on_gpu || head_dim <= 128);
-  }
+  bool has_backward() const override { return softcap == 0 && !bias && head_dim == value_dim; }
 
   static constexpr float kSink = 1.f;
   const float softcap;

@@ -56,7 +56,7 @@ struct Case {
   // What becomes of a score of a key that is kept, −∞ if it is hidden after all; and a logit in the sum of each row.
   virtual double modified(double score, std::int64_t) const { return score; }
   virtual double sink() const { return -std::numeric_limits<double>::infinity(); }
-  virtual bool has_backward(bool /*on_gpu*/) const { return true; }
+  virtual bool has_backward() const { return true; }
   virtual double rounding() const { return 0.; }  // the error that an op of its own format may add to that of the dtype
 
   // Two matrix products forward, five backward.

@@ -144,7 +144,7 @@ std::vector<std::unique_ptr<Case>> chosen_cases(const Op& op, const Options& opt
     for (const char* name : options.small ? op.small_cases : (options.cuda ? op.cuda_cases : op.cpu_cases)) {
       if (std::regex_search(name, filter)) {
         auto shape = op.parse(name);
-        if (!options.backward || shape->has_backward(options.cuda)) {
+        if (!options.backward || shape->has_backward()) {
           chosen.push_back(std::move(shape));
         }
       }

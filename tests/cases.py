@@ -4,31 +4,10 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
 
 from fastattn import reference
-
-MAX_HEAD_DIM = {"cpu": 256, "cuda": 128}
-"""Of gradients; on a GPU, `attention`'s forward has 256 too."""
-
-# What gradients on a GPU do not have yet.
-GPU_LACKS = {
-    "some inputs alone",
-    "deterministic",
-    "softcap or key_bias",
-    "rectangles or segments",
-    "values of their own width",
-    "varlen_attention",
-}
-
-
-def needs(device: str, *features: str) -> None:
-    """Skips a test whose gradients the device does not have yet."""
-    missing = GPU_LACKS.intersection(features) if device == "cuda" else ()
-    if missing:
-        pytest.skip(f"not on a GPU yet: gradients of {', '.join(sorted(missing))}")
 
 
 @dataclass(frozen=True)

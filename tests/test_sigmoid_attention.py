@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import fastattn
-from cases import CASES, MAX_HEAD_DIM, Case, relative_error
+from cases import CASES, Case, relative_error
 from fastattn import reference
 
 NAMES = ("out", "dq", "dk", "dv", "dbias")
@@ -31,7 +31,7 @@ def head_bias(case: Case, device: str) -> Tensor:
 def test_values_and_gradients(case: Case, place) -> None:
     """At most twice the error of the plain formula in the same precision."""
     device, dtype = place
-    if case.head_dim > MAX_HEAD_DIM[device]:
+    if device == "cuda" and case.head_dim > 128:
         pytest.skip(f"head_dim {case.head_dim} is not supported on {device}")
     tensors, dout, bias = case.inputs(device, dtype), case.cotangents(device, dtype)[0], head_bias(case, device)
     results = run(fastattn.sigmoid_attention, case, tensors, bias, dout)

@@ -70,12 +70,6 @@ struct SplitForward : SoftmaxOver<Element, SplitBands> {
       {.head_dim = 256, .tile = {128, 64}, .stages = 2, .warpgroups = 2, .query_stages = 1}};
 };
 
-template <class Element, class Schedule>
-struct Backward : SoftmaxOver<Element, Schedule> {
-  static constexpr sm90::Config kBackward[] = {{.head_dim = 64, .tile = {128, 128}, .stages = 2, .warpgroups = 2},
-                                               {.head_dim = 128, .tile = {64, 128}, .stages = 2, .warpgroups = 2}};
-};
-
 template <class Variant>
 Status run(const Attention& p, const typename Variant::Schedule& schedule, const typename Variant::Score& score,
            const typename Variant::Operands::Scales& scales, Stream stream) {
@@ -159,35 +153,6 @@ std::size_t attention_workspace(const Attention& p, Stream) {
   }
   const auto parts = validate(p).ok() ? sm90::split_bands(p, sm90::num_multiprocessors()) : std::nullopt;
   return parts ? kRest + sm90::PartialOutput::bytes(p, *parts) : kForwardWorkspace;
-}
-
-Status attention_backward(const AttentionBackward& problem, Stream stream) {
-  constexpr const char* kBackward = "attention_backward";
-  return sm90::run_if_valid(kBackward, problem, problem.forward.q.dtype, [&]<class Element>() {
-    const Attention& p = problem.forward;
-    if (p.modifier().exists()) {
-      return failure("%s: gradients with softcap or key_bias are not available on the GPU yet", kBackward);
-    }
-    if (p.has_regions()) {
-      return failure("%s: gradients with rectangles or segments are not available on the GPU yet", kBackward);
-    }
-    if (p.v.head_dim() != p.q.head_dim()) {
-      return failure("%s: gradients where v has another head_dim than q are not available on the GPU yet", kBackward);
-    }
-    if (const Status status = check_gpu_gradients(kBackward, problem); !status.ok()) {
-      return status;
-    }
-    return with_schedule(problem.forward, [&]<class Schedule>(const Schedule& schedule) {
-      return softmax_backward<Backward<Element, Schedule>>(kBackward, problem, schedule, stream);
-    });
-  });
-}
-
-std::size_t attention_backward_workspace(const AttentionBackward& problem, Stream) {
-  const TensorView& q = problem.forward.q;
-  return sm90::with_element(q.dtype, [&]<class Element>() {
-    return sm90::backward_workspace<Backward<Element, Band>>(q, band_of(problem.forward));
-  });
 }
 
 }  // namespace fastattn

@@ -9,14 +9,12 @@ namespace fastattn {
 namespace {
 
 template <class Element>
-struct SoftmaxBlocks : SoftmaxOver<Element, BlockLists> {
+struct SoftmaxBlocks : SoftmaxOver<Element, BlockLists>, sm90::GradientTiles {
   // Tiles that meet at most two blocks on either axis (BlockList::supports); the first one is for blocks of 192
   // queries.
   static constexpr sm90::Config kForward[] = {{.head_dim = 64, .tile = {192, 128}, .stages = 2, .warpgroups = 3},
                                               {.head_dim = 64, .tile = {128, 128}, .stages = 2, .warpgroups = 2},
                                               {.head_dim = 128, .tile = {128, 128}, .stages = 2, .warpgroups = 2}};
-  static constexpr sm90::Config kBackward[] = {{.head_dim = 64, .tile = {128, 128}, .stages = 2, .warpgroups = 2},
-                                               {.head_dim = 128, .tile = {64, 128}, .stages = 2, .warpgroups = 2}};
 };
 
 }  // namespace
@@ -31,16 +29,14 @@ Status block_sparse_attention(const BlockSparseAttention& p, Stream stream) {
 Status block_sparse_attention_backward(const BlockSparseAttentionBackward& problem, Stream stream) {
   constexpr const char* kOp = "block_sparse_attention_backward";
   return sm90::run_if_valid(kOp, problem, problem.forward.q.dtype, [&]<class Element>() {
-    const Status status = check_gpu_gradients(kOp, problem);
-    return !status.ok() ? status
-                        : softmax_backward<SoftmaxBlocks<Element>>(kOp, problem, problem.forward.blocks, stream);
+    return softmax_backward<SoftmaxBlocks<Element>>(kOp, problem, problem.forward.blocks, stream);
   });
 }
 
 std::size_t block_sparse_attention_backward_workspace(const BlockSparseAttentionBackward& problem, Stream) {
   const BlockSparseAttention& p = problem.forward;
   return sm90::with_element(
-      p.q.dtype, [&]<class Element>() { return sm90::backward_workspace<SoftmaxBlocks<Element>>(p.q, p.blocks); });
+      p.q.dtype, [&]<class Element>() { return sm90::backward_workspace<SoftmaxBlocks<Element>>(problem, p.blocks); });
 }
 
 }  // namespace fastattn

@@ -11,16 +11,15 @@ namespace fastattn {
 namespace {
 
 template <class Element_>
-struct SigmoidBand {
+struct SigmoidBand : sm90::GradientTiles {
   using Schedule = Band;
   using Score = Sigmoid;
   using Element = Element_;
   using Operands = sm90::PlainOperands<Element>;
   using Epilogue = sm90::Output<Element, false>;
+  using Modifier = sm90::NoModifier;
   static constexpr sm90::Config kForward[] = {{.head_dim = 64, .tile = {192, 128}, .stages = 2, .warpgroups = 3},
                                               {.head_dim = 128, .tile = {128, 128}, .stages = 2, .warpgroups = 2}};
-  static constexpr sm90::Config kBackward[] = {{.head_dim = 64, .tile = {128, 128}, .stages = 2, .warpgroups = 2},
-                                               {.head_dim = 128, .tile = {64, 128}, .stages = 2, .warpgroups = 2}};
 };
 
 Sigmoid score_of(const SigmoidAttention& p) { return {p.scale * kLog2E, p.bias * kLog2E, p.head_bias}; }
@@ -37,9 +36,6 @@ Status sigmoid_attention(const SigmoidAttention& p, Stream stream) {
 Status sigmoid_attention_backward(const SigmoidAttentionBackward& problem, Stream stream) {
   const SigmoidAttention& p = problem.forward;
   return sm90::run_if_valid("sigmoid_attention_backward", problem, p.q.dtype, [&]<class Element>() {
-    if (const Status status = check_gpu_gradients("sigmoid_attention_backward", problem); !status.ok()) {
-      return status;
-    }
     return sm90::run_backward<SigmoidBand<Element>>("sigmoid_attention_backward",
                                                     {.q = p.q,
                                                      .k = p.k,
@@ -52,15 +48,15 @@ Status sigmoid_attention_backward(const SigmoidAttentionBackward& problem, Strea
                                                      .score = score_of(p),
                                                      .scale = p.scale,
                                                      .dbias = problem.dbias,
+                                                     .deterministic = problem.deterministic,
                                                      .workspace = problem.workspace},
                                                     stream);
   });
 }
 
 std::size_t sigmoid_attention_backward_workspace(const SigmoidAttentionBackward& problem, Stream) {
-  const TensorView& q = problem.forward.q;
-  return sm90::with_element(q.dtype, [&]<class Element>() {
-    return sm90::backward_workspace<SigmoidBand<Element>>(q, band_of(problem.forward));
+  return sm90::with_element(problem.forward.q.dtype, [&]<class Element>() {
+    return sm90::backward_workspace<SigmoidBand<Element>>(problem, band_of(problem.forward));
   });
 }
 

@@ -46,18 +46,6 @@ const auto& forward_of(const Backward& problem) {
 }
 inline const Attention& forward_of(const VarlenAttentionBackward& problem) { return problem.forward.attention; }
 
-// What the kernels on a GPU do not have yet.
-template <class Backward>
-Status check_gpu_gradients(const char* op, const Backward& problem) {
-  if (problem.deterministic) {
-    return failure("%s: deterministic gradients are not available on the GPU yet", op);
-  }
-  if (problem.dq.data == nullptr || problem.dk.data == nullptr || problem.dv.data == nullptr) {
-    return failure("%s: gradients of some of q, k and v alone are not available on the GPU yet", op);
-  }
-  return {};
-}
-
 // The mask of a valid problem. An unbounded side is as wide as it can matter, which keeps sums within 32 bits.
 template <class Problem>
 Band band_of(const Problem& problem) {

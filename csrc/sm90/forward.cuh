@@ -87,7 +87,8 @@ struct ForwardKernel {
 
   static __device__ Work work_at(const Params& params, int index) {
     const WorkOrder::Place place = params.order.at(index);
-    const SequenceTile tile = sequence_tile(params.schedule, place.head / params.heads, place.q_tile, kTile);
+    const int q_tile = params.order.tiles - 1 - place.rank;
+    const SequenceTile tile = sequence_tile(params.schedule, place.head / params.heads, q_tile, kTile);
     Work work{};
     work.q_tile = tile.q_tile;
     work.head = place.head % params.heads;

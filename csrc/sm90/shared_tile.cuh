@@ -33,8 +33,9 @@ struct SharedOperand {
   }
 };
 
-template <class Element, int kRows, int kColumns>
+template <class Element, int kRows_, int kColumns>
 struct SharedTile {
+  static constexpr int kRows = kRows_;
   static constexpr int kRowBytes = kColumns * sizeof(Element) % kWidePanelRow == 0 ? kWidePanelRow : kNarrowPanelRow;
   static constexpr int kUnits = kRowBytes / 16;  // of a panel's row
   static constexpr int kPanelColumns = kRowBytes / sizeof(Element);

@@ -1,4 +1,4 @@
-// The order of a forward's query tiles: all of them, once, the longest first where it matters.
+// The order of tiles: all of them, once, the longest first where it matters.
 #include "sm90/work_order.hpp"
 
 #include <set>
@@ -12,20 +12,20 @@ using namespace fastattn::sm90;
 
 namespace {
 
-const Test each_once("work order: each query tile of each head once", [] {
+const Test each_once("work order: each tile of each head once", [] {
   for (const int heads : {1, 2, 3, 7, 64, 512}) {
-    for (const int q_tiles : {1, 2, 5, 86}) {
+    for (const int tiles : {1, 2, 5, 86}) {
       for (const std::int64_t bytes :
            {std::int64_t{0}, std::int64_t{1} << 10, std::int64_t{5} << 20, std::int64_t{1} << 40}) {
-        const WorkOrder order = work_order(heads, q_tiles, 132, bytes, 4);
-        const std::string what = std::to_string(heads) + " heads of " + std::to_string(q_tiles) + " tiles, " +
+        const WorkOrder order = work_order(heads, tiles, 132, bytes, 4);
+        const std::string what = std::to_string(heads) + " heads of " + std::to_string(tiles) + " tiles, " +
                                  std::to_string(order.last_heads) + " at the end";
-        check(1 <= order.last_heads && order.last_heads <= heads && order.count() == heads * q_tiles, what);
+        check(1 <= order.last_heads && order.last_heads <= heads && order.count() == heads * tiles, what);
         std::set<std::pair<int, int>> seen;
         for (int i = 0; i < order.count(); ++i) {
-          const auto [head, q_tile] = order.at(i);
-          check(0 <= head && head < heads && 0 <= q_tile && q_tile < q_tiles, what);
-          seen.emplace(head, q_tile);
+          const auto [head, rank] = order.at(i);
+          check(0 <= head && head < heads && 0 <= rank && rank < tiles, what);
+          seen.emplace(head, rank);
         }
         check(static_cast<int>(seen.size()) == order.count(), what);
       }
@@ -33,18 +33,19 @@ const Test each_once("work order: each query tile of each head once", [] {
   }
 });
 
-const Test longest_first(
-    "work order: the last tile of a head first, and of the last heads before all their others", [] {
-      const WorkOrder order = work_order(64, 32, 132, 2 << 20, 1);
-      check(order.last_heads == 9, "two works for each of 132 blocks");
-      for (int i = 1; i < order.count(); ++i) {
-        const auto [head, q_tile] = order.at(i);
-        const auto [head_before, q_tile_before] = order.at(i - 1);
-        check(head < 64 - 9 ? head >= head_before : q_tile <= q_tile_before || head_before < 64 - 9,
-              "at work " + std::to_string(i));
-      }
-      check(order.at(0).q_tile == 31 && order.at(0).head == 0 && order.at(32).head == 1, "one head after the other");
-    });
+const Test longest_first("work order: the longest tile of a head first, and of the last heads before all their others",
+                         [] {
+                           const WorkOrder order = work_order(64, 32, 132, 2 << 20, 1);
+                           check(order.last_heads == 9, "two works for each of 132 blocks");
+                           for (int i = 1; i < order.count(); ++i) {
+                             const auto [head, rank] = order.at(i);
+                             const auto [head_before, rank_before] = order.at(i - 1);
+                             check(head < 64 - 9 ? head >= head_before : rank >= rank_before || head_before < 64 - 9,
+                                   "at work " + std::to_string(i));
+                           }
+                           check(order.at(0).rank == 0 && order.at(0).head == 0 && order.at(32).head == 1,
+                                 "one head after the other");
+                         });
 
 const Test cached("work order: no more heads at the end than the cache has room for", [] {
   check(work_order(64, 32, 132, 8 << 20, 1).last_heads == 3, "three of 8 MB");

@@ -111,6 +111,12 @@ struct Band {
     return {begin, end, full_begin, full_end};
   }
 
+  // Does this query see no key?
+  FASTATTN_HD constexpr bool is_blind(int q) const {
+    const Cursor tiles = runs_of({q, q + 1}, 1);
+    return tiles.at >= tiles.end;
+  }
+
   FASTATTN_HD constexpr Band transposed() const { return {num_k, num_q, right, left}; }
 };
 

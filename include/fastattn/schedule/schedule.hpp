@@ -134,6 +134,11 @@ template <class S>
 FASTATTN_HD constexpr SequenceTile sequence_tile(const S&, int batch, int q_tile, TileShape) {
   return {batch, q_tile};
 }
+// How many of these come before a sequence's in its batch entry.
+template <class S>
+FASTATTN_HD constexpr int first_q_tile(const S&, int, TileShape) {
+  return 0;
+}
 // The batch entry of the tensors that holds a sequence.
 template <class S>
 FASTATTN_HD constexpr int batch_of(const S&, int sequence) {

@@ -116,6 +116,9 @@ FASTATTN_HD constexpr SequenceTile sequence_tile(const SequenceBands& schedules,
   const int sequence = schedules.sequence_of(q_tile, [&](int s) { return schedules.first_tile(s, tile); });
   return {sequence, q_tile - schedules.first_tile(sequence, tile)};
 }
+FASTATTN_HD constexpr int first_q_tile(const SequenceBands& schedules, int sequence, TileShape tile) {
+  return schedules.first_tile(sequence, tile);
+}
 FASTATTN_HD constexpr int batch_of(const SequenceBands&, int) { return 0; }
 
 FASTATTN_HD constexpr int num_k_tiles(const SequenceBands& schedules, TileShape tile) {

@@ -1,0 +1,240 @@
+// Gradients of keys and values: a thread block owns a key tile, each of its warpgroups 64 keys. K and V stay in shared
+// memory, dK and dV in registers, while the block walks the query tiles that see the tile (the schedule, transposed),
+// for every query head that shares the key head:
+//
+//   Sᵀ = K Qᵀ, dPᵀ = V dOᵀ → P = weight(S), dS = score_gradient(P, dP) → dV += Pᵀ dO, dK += dSᵀ Q (, dQ += dS K)
+//
+// S and dP are computed transposed because P and dS then lie in registers as the next products want them; only dS also
+// goes through shared memory, for dQ (FlashAttention-3, arXiv 2407.08608). dQ is summed over key tiles in fp32 in
+// global memory, in the order of the accumulator's registers, so that every reduction is a coalesced 16-byte one.
+#pragma once
+
+#include <cstdint>
+#include <type_traits>
+
+#include "fastattn/schedule/schedule.hpp"
+#include "sm90/accumulator.cuh"
+#include "sm90/backward.cuh"
+#include "sm90/block.cuh"
+#include "sm90/config.hpp"
+#include "sm90/key_tile.cuh"
+#include "sm90/ring.cuh"
+#include "sm90/shared_tile.cuh"
+#include "sm90/wgmma.cuh"
+
+namespace fastattn::sm90 {
+
+// kSumsQueries: with dQ.
+template <class Variant, Config kConfig_, bool kSumsQueries_>
+struct KeyGradientKernel {
+  static constexpr bool kSumsQueries = kSumsQueries_, kSumsBias = false;
+  static constexpr Config kConfig = kConfig_;
+  static constexpr TileShape kTile = kConfig.tile;
+  static constexpr TileShape kTransposed = {kTile.k, kTile.q};
+  static constexpr int kHeadDim = kConfig.head_dim;
+  static constexpr int kStages = kConfig.stages;
+  static constexpr int kWarpgroups = kConfig.warpgroups;
+  static constexpr int kPiece = 64;  // dQ is computed in 64 × 64 pieces, one per warpgroup
+  static constexpr int kRowPieces = kTile.q / kPiece;
+  static_assert(kTile.k == kWarpgroups * kWarpgroupRows);
+  static_assert(!kSumsQueries || (kRowPieces * (kHeadDim / kPiece) == kWarpgroups && kStages >= 2));
+
+  static constexpr bool kModified = Variant::Modifier::kExists;
+  static_assert(!kSumsQueries || !kModified);  // for want of registers
+
+  using Element = typename Variant::Element;
+  using Score = typename Variant::Score;
+  using Params = BackwardParams<Variant>;
+  using Position = RingPosition<kStages>;
+  using KeyTile = SharedTile<Element, kTile.k, kHeadDim>;
+  using QueryTile = SharedTile<Element, kTile.q, kHeadDim>;
+  using ScoreTile = SharedTile<Element, kTile.k, kTile.q>;  // keys × queries
+
+  struct Shared {
+    KeyTile k, v;  // at the end: dK, dV
+    QueryTile q[kStages], dout[kStages];
+    std::conditional_t<kSumsQueries, ScoreTile, Nothing> dscores[kStages];  // two: a barrier an iteration is enough
+    alignas(16) float lse2[kStages][kTile.q], delta[kStages][kTile.q];
+    Barrier kv_full;
+    Ring<kStages, Announcement> q_ring;  // with lse2
+    Ring<kStages> dout_ring;             // with delta
+  };
+
+  static __device__ void run(const Params& params) {
+    extern __shared__ std::byte shared_bytes[];
+    Shared& shared = *reinterpret_cast<Shared*>(shared_bytes);
+    const KeyTileWork work(params, kTile);
+    if (!work.exists) {
+      return;
+    }
+    divide_block<kConfig>(
+        [&] {
+          shared.kv_full.init(1);
+          shared.q_ring.init(kWarpgroups);
+          shared.dout_ring.init(kWarpgroups);
+        },
+        [&] { stream_queries<KeyGradientKernel>(params, shared, work); },
+        [&](int warpgroup) { consume(params, shared, work, warpgroup); });
+  }
+
+  static __device__ void consume(const Params& params, Shared& shared, KeyTileWork work, int warpgroup) {
+    constexpr int kConsumers = kWarpgroups * kWarpgroupThreads;
+    const int thread = threadIdx.x % kWarpgroupThreads;
+    const AccumulatorThread at(thread);
+    const int shared_row = warpgroup * kWarpgroupRows;
+    [[maybe_unused]] const int piece_row = warpgroup % kRowPieces * kPiece,
+                               piece_column = warpgroup / kRowPieces * kPiece;
+
+    float dk[kHeadDim / 2] = {}, dv[kHeadDim / 2] = {};
+    Position position;
+
+    wait_for(shared.kv_full, 0);
+    Announcement run{};
+    Score score = params.score;
+    [[maybe_unused]] const int first_slot = work.k_tile * kTile.k + shared_row;
+    [[maybe_unused]] const int tiles_before = first_q_tile(params.schedule, work.sequence, kTile);
+    KeyBiasRows rows;
+    const auto step = [&](int q_tile, auto coverage, std::uint16_t cells) {
+      const int stage = position.stage;
+      float scores[kTile.q / 2], dscores[kTile.q / 2];  // transposed: this warpgroup's keys × the tile's queries
+      std::uint32_t weights_operand[kTile.q / 4], dscores_operand[kTile.q / 4];
+      constexpr bool kPartial = coverage() == Coverage::kPartial;
+      KeptBits kept;
+      if constexpr (kPartial) {
+        const auto transposed = params.schedule.at(work.sequence, run.head).transposed();
+        kept = kept_bits(transposed.tile_mask(work.k_tile, q_tile, kTransposed, cells), shared_row, at);
+      }
+
+      shared.q_ring.wait(position);
+      wgmma::pin(scores);
+      wgmma::fence();
+      wgmma::multiply<Element, kHeadDim>(shared.k.k_major(shared_row), shared.q[stage].k_major(), scores, false);
+      wgmma::commit();
+      shared.dout_ring.wait(position);
+      wgmma::pin(dscores);
+      wgmma::fence();
+      wgmma::multiply<Element, kHeadDim>(shared.v.k_major(shared_row), shared.dout[stage].k_major(), dscores, false);
+      wgmma::commit();
+
+      wgmma::wait<1>();
+      wgmma::pin(scores);
+      apply_to_scores<decltype(score.weight(0.f))>([&](auto&& step) {
+#pragma unroll
+        for (int j = 0; j < kTile.q / 8; ++j) {
+          const float2 lse2 = row_statistics<Score>(shared.lse2[stage], at.column(j));
+#pragma unroll
+          for (int i = 4 * j; i < 4 * j + 4; ++i) {
+            scores[i] =
+                step(score.weight(i % 2 == 0 ? lse2.x : lse2.y), params.modifier(scores[i], rows.bias_log2[i / 2 % 2]));
+          }
+        }
+      });
+      if constexpr (kPartial) {
+        kept.apply(scores, 0.f);
+      }
+      pack<Element>(scores, weights_operand);
+
+      wgmma::wait<0>();
+      wgmma::pin(dscores);
+#pragma unroll
+      for (int j = 0; j < kTile.q / 8; ++j) {
+        const float2 delta = row_statistics<Score>(shared.delta[stage], at.column(j));
+#pragma unroll
+        for (int i = 4 * j; i < 4 * j + 4; ++i) {
+          dscores[i] = score.score_gradient(scores[i], dscores[i], i % 2 == 0 ? delta.x : delta.y);
+        }
+      }
+      if constexpr (kPartial || kModified) {  // a masked score has weight 0, but 0 · ∞ is not 0
+#pragma unroll
+        for (int i = 0; i < kTile.q / 2; ++i) {
+          dscores[i] = scores[i] == 0.f ? 0.f : dscores[i];
+        }
+      }
+      if constexpr (kModified) {
+        rows.modify(params.modifier, shared.lse2[stage], at, scores, dscores);
+      }
+      if constexpr (Score::kBiasGradient && kSumsQueries) {
+        if (params.dbias != nullptr) {
+          float share = 0.f;
+#pragma unroll
+          for (int i = 0; i < kTile.q / 2; ++i) {
+            share += dscores[i];
+          }
+          add_bias_gradient(params.dbias + run.head, share);
+        }
+      }
+      pack<Element>(dscores, dscores_operand);
+
+      wgmma::pin(dv);
+      wgmma::pin(weights_operand);
+      wgmma::fence();
+      wgmma::multiply<Element, Element>(weights_operand, shared.dout[stage].mn_major(), dv, true);
+      wgmma::commit();
+
+      [[maybe_unused]] float dq[kPiece / 2];
+      if constexpr (kSumsQueries) {
+        store_packed(dscores_operand, shared.dscores[stage], shared_row, thread);
+        publish_shared();
+        cutlass::arch::NamedBarrier::sync(kConsumers, 0);
+        wgmma::pin(dq);
+        wgmma::fence();
+        wgmma::multiply<Element, kTile.k>(shared.dscores[stage].mn_major(piece_row), shared.k.mn_major(piece_column),
+                                          dq, false);
+        wgmma::commit();
+      }
+      wgmma::pin(dk);
+      wgmma::pin(dscores_operand);
+      wgmma::fence();
+      wgmma::multiply<Element, Element>(dscores_operand, shared.q[stage].mn_major(), dk, true);
+      wgmma::commit();
+
+      wgmma::wait<1>();
+      wgmma::pin(dv);
+      wgmma::pin(weights_operand);
+      shared.dout_ring.release(position);
+      if constexpr (kSumsQueries) {
+        wgmma::pin(dq);
+        const int tile = (work.batch * params.heads + run.head) * params.q_tiles + tiles_before + q_tile;
+        add_piece(params.workspace.dq + (std::int64_t{tile} * kWarpgroups + warpgroup) * (kPiece * kPiece), thread, dq);
+      }
+
+      wgmma::wait<0>();
+      wgmma::pin(dk);
+      wgmma::pin(dscores_operand);
+      shared.q_ring.release(position);
+      position.advance();
+    };
+    int head = -1;
+    do {
+      run = shared.q_ring.next(position);
+      score = params.score.at(run.head);
+      if constexpr (kModified) {
+        rows.move_to(run, head, params, work, first_slot, at);
+      }
+      for_each_tile(run, step);
+    } while (!run.last);
+    if constexpr (kModified) {
+      rows.end(params, work, head, first_slot, at);
+    }
+
+    // Epilogue: dK and dV take the place of K and V, once no warpgroup reads them any more.
+    if constexpr (kSumsQueries) {
+      cutlass::arch::NamedBarrier::sync(kConsumers, 0);
+    }
+    store_key_gradient<Element>(params, work, params.dk, dk, params.scale, shared.k, shared_row, 1 + warpgroup);
+    store_key_gradient<Element>(params, work, params.dv, dv, 1.f, shared.v, shared_row, 1 + warpgroup);
+  }
+
+  // Adds a 64 × 64 accumulator to its place in global memory: four registers of a thread at a time.
+  static __device__ void add_piece(float* piece, int thread, const float (&value)[kPiece / 2]) {
+#pragma unroll
+    for (int j = 0; j < kPiece / 8; ++j) {
+      float* address = piece + (j * kWarpgroupThreads + thread) * 4;
+      asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(address), "f"(value[4 * j]),
+                   "f"(value[4 * j + 1]), "f"(value[4 * j + 2]), "f"(value[4 * j + 3])
+                   : "memory");
+    }
+  }
+};
+
+}  // namespace fastattn::sm90

@@ -1,0 +1,188 @@
+// What the kernels whose thread blocks own a key tile share: which tile it is, the queries that stream past, the end.
+#pragma once
+
+#include <cstdint>
+
+#include "fastattn/schedule/schedule.hpp"
+#include "sm90/accumulator.cuh"
+#include "sm90/backward.cuh"
+#include "sm90/output.cuh"
+#include "sm90/ring.cuh"
+#include "sm90/shared_tile.cuh"
+#include "sm90/tma.cuh"
+
+namespace fastattn::sm90 {
+
+struct KeyTileWork {
+  int k_tile, kv_head, sequence, batch;
+  bool exists;
+
+  template <class Params>
+  __device__ KeyTileWork(const Params& params, TileShape tile) {
+    const WorkOrder::Place place = params.order.at(static_cast<int>(blockIdx.x));
+    const int kv_heads = params.heads / params.heads_per_kv_head;
+    const SequenceKeyTile at = sequence_key_tile(params.schedule, place.head / kv_heads, place.rank, tile);
+    k_tile = at.k_tile;
+    kv_head = place.head % kv_heads;
+    sequence = at.sequence;
+    batch = batch_of(params.schedule, at.sequence);
+    exists = k_tile * tile.k < slots_of(params.schedule, sequence).num_k;
+  }
+};
+
+// Producer: loads K and V of the tile, then into two rings Q with lse2 and dO with delta of each query tile that sees
+// it.
+template <class Kernel>
+__device__ void stream_queries(const typename Kernel::Params& params, typename Kernel::Shared& shared,
+                               KeyTileWork work) {
+  using KeyTile = typename Kernel::KeyTile;
+  using QueryTile = typename Kernel::QueryTile;
+  constexpr TileShape kTile = Kernel::kTile, kTransposed = Kernel::kTransposed;
+  constexpr bool kStatistics = Kernel::Score::kRowStatistics;
+  constexpr int kRowBytes = kStatistics ? kTile.q * sizeof(float) : 0;
+  const auto place = slots_of(params.schedule, work.sequence);
+  const int tiles_before = first_q_tile(params.schedule, work.sequence, kTile);
+  const auto key_origin = place.key_origin(work.k_tile, kTile);
+  if (cute::elect_one_sync()) {
+    shared.kv_full.arrive_and_expect_tx(2 * KeyTile::kBytes);
+    params.k.load(shared.k, key_origin, work.kv_head, work.batch, shared.kv_full);
+    params.v.load(shared.v, key_origin, work.kv_head, work.batch, shared.kv_full);
+  }
+  typename Kernel::Position at;
+  announce(
+      [&](auto&& report) {
+        for (int i = 0; i < params.heads_per_kv_head; ++i) {
+          const int head = work.kv_head * params.heads_per_kv_head + i;
+          auto cursor = params.schedule.at(work.sequence, head).transposed().runs(work.k_tile, kTransposed);
+          for (TileRun run; cursor.next(run);) {
+            report(head, run);
+          }
+        }
+      },
+      [&](Announcement run) {
+        if (run.count == 0) {
+          shared.q_ring.fill(at, 0, run, [](Barrier&) {});
+        }
+        for (int q_tile = run.first; q_tile < run.first + run.count; ++q_tile) {
+          const std::int64_t tile =
+              (std::int64_t{work.batch} * params.heads + run.head) * params.q_tiles + tiles_before + q_tile;
+          const auto origin = place.query_origin(q_tile, kTile);
+          shared.q_ring.fill(at, QueryTile::kBytes + kRowBytes, run, [&](Barrier& full) {
+            params.q.load(shared.q[at.stage], origin, run.head, work.batch, full);
+            if constexpr (kStatistics) {
+              load_bytes(shared.lse2[at.stage], params.workspace.lse2 + tile * kTile.q, kRowBytes, full);
+            }
+          });
+          shared.dout_ring.fill(at, QueryTile::kBytes + kRowBytes, {}, [&](Barrier& full) {
+            params.dout.load(shared.dout[at.stage], origin, run.head, work.batch, full);
+            if constexpr (kStatistics) {
+              load_bytes(shared.delta[at.stage], params.workspace.delta + tile * kTile.q, kRowBytes, full);
+            }
+          });
+          at.advance();
+        }
+      });
+}
+
+// The statistics of the queries in columns `column` and `column` + 1 of a transposed score tile.
+template <class Score, int kCount>
+__device__ float2 row_statistics(const float (&values)[kCount], int column) {
+  if constexpr (Score::kRowStatistics) {
+    return *reinterpret_cast<const float2*>(&values[column]);
+  } else {
+    return {};
+  }
+}
+
+// Adds a thread's share of one tile to the gradient of a head's bias. Tile by tile: kept over a run, the share would
+// cost a register that head_dim 64 does not have (C7512: its products would be serialised).
+__device__ inline void add_bias_gradient(float* dbias, float share) {
+#pragma unroll
+  for (int distance = 16; distance > 0; distance /= 2) {
+    share += __shfl_xor_sync(0xffffffffu, share, distance);
+  }
+  if (threadIdx.x % 32 == 0) {
+    atomicAdd(dbias, share);
+  }
+}
+
+template <class Params>
+__device__ int key_token(const Params& params, KeyTileWork work, int slot) {
+  return slots_of(params.schedule, work.sequence).key_token(slot);
+}
+
+// Stores 64 rows of dK or dV, times `scale`, by way of rows [first_row, first_row + 64) of `staging`.
+template <class Element, class Params, int kCount, class Tile>
+__device__ void store_key_gradient(const Params& params, KeyTileWork work, const TensorView& to,
+                                   float (&gradient)[kCount], float scale, Tile& staging, int first_row, int barrier) {
+  if (to.data == nullptr) {
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    gradient[i] *= scale;
+  }
+  store_rows<Element>(gradient, staging, first_row, threadIdx.x % kWarpgroupThreads, barrier, to, work.batch,
+                      work.kv_head, 0,
+                      [&](int row) { return key_token(params, work, work.k_tile * Tile::kRows + first_row + row); });
+}
+
+// Of this thread's two keys in one head: the terms of their scores, and the sums of these scores' gradients.
+struct KeyBiasRows {
+  float bias_log2[2] = {}, gradient[2] = {};
+
+  // Row 0 of the accumulator is slot `first_slot`.
+  template <class Params>
+  __device__ void begin(const Params& params, KeyTileWork work, int head, int first_slot, AccumulatorThread at) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int token = key_token(params, work, first_slot + at.row(h));
+      bias_log2[h] = token < 0 ? 0.f : params.modifier.bias_log2(work.batch, head, token);
+      gradient[h] = 0.f;
+    }
+  }
+  template <class Params>
+  __device__ void end(const Params& params, KeyTileWork work, int head, int first_slot, AccumulatorThread at) const {
+    if (params.dkey_bias == nullptr || head < 0) {
+      return;
+    }
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const float sum = sum_over_row(gradient[h]);
+      const int token = key_token(params, work, first_slot + at.row(h));
+      if (at.first_column == 0 && token >= 0) {
+        params.dkey_bias[(std::int64_t{work.batch} * params.heads + head) * params.num_keys + token] = sum;
+      }
+    }
+  }
+  // From the scores of `head` to those of the run's.
+  template <class Params>
+  __device__ void move_to(const Announcement& run, int& head, const Params& params, KeyTileWork work, int first_slot,
+                          AccumulatorThread at) {
+    if (run.count > 0 && run.head != head) {
+      end(params, work, head, first_slot, at);
+      head = run.head;
+      begin(params, work, head, first_slot, at);
+    }
+  }
+
+  // Adds up the gradients of transposed scores with these weights, and makes those of products of them.
+  template <class Modifier, int kQueries, int kCount>
+  __device__ void modify(const Modifier& modifier, const float (&lse2)[kQueries], AccumulatorThread at,
+                         const float (&weights)[kCount], float (&gradients)[kCount]) {
+#pragma unroll
+    for (int j = 0; j < kCount / 4; ++j) {
+      const float2 of_queries = *reinterpret_cast<const float2*>(&lse2[at.column(j)]);
+#pragma unroll
+      for (int i = 4 * j; i < 4 * j + 4; ++i) {
+        const int h = i / 2 % 2;
+        gradient[h] += gradients[i];
+        if (weights[i] != 0.f) {
+          gradients[i] *= modifier.slope(weights[i], i % 2 == 0 ? of_queries.x : of_queries.y, bias_log2[h]);
+        }
+      }
+    }
+  }
+};
+
+}  // namespace fastattn::sm90

@@ -1,0 +1,234 @@
+// Gradients of keys and values whose rows are too long for one warpgroup to hold both: a thread block owns 64 keys, one
+// warpgroup their weights and dV, the other their score gradients and dK.
+//
+//   warpgroup 0   Sᵀ = K Qᵀ → P = weight(S) ──(shared memory)─┐   dV += Pᵀ dO
+//   warpgroup 1   dPᵀ = V dOᵀ                                 └→ dS = score_gradient(P, dP) → dK += dSᵀ Q
+//
+// Both accumulators are 64 × head_dim, and both second products read their left operand from registers. The two work on
+// different tiles at a time, so that the products of one run while the other computes weights.
+#pragma once
+
+#include <cutlass/arch/barrier.h>
+
+#include <cstdint>
+
+#include "fastattn/schedule/schedule.hpp"
+#include "sm90/accumulator.cuh"
+#include "sm90/backward.cuh"
+#include "sm90/block.cuh"
+#include "sm90/config.hpp"
+#include "sm90/key_tile.cuh"
+#include "sm90/ring.cuh"
+#include "sm90/shared_tile.cuh"
+#include "sm90/wgmma.cuh"
+
+namespace fastattn::sm90 {
+
+template <class Variant, Config kConfig_>
+struct WideKeyGradientKernel {
+  static constexpr bool kSumsQueries = false, kSumsBias = false;
+  static constexpr Config kConfig = kConfig_;
+  static constexpr TileShape kTile = kConfig.tile;
+  static constexpr TileShape kTransposed = {kTile.k, kTile.q};
+  static constexpr int kHeadDim = kConfig.head_dim;
+  static constexpr int kStages = kConfig.stages;
+  static constexpr int kWarpgroups = kConfig.warpgroups;
+  static_assert(kTile.k == kWarpgroupRows && kWarpgroups == 2);
+
+  static constexpr bool kModified = Variant::Modifier::kExists;
+
+  using Element = typename Variant::Element;
+  using Score = typename Variant::Score;
+  using Params = BackwardParams<Variant>;
+  using Position = RingPosition<kStages>;
+  using KeyTile = SharedTile<Element, kTile.k, kHeadDim>;
+  using QueryTile = SharedTile<Element, kTile.q, kHeadDim>;
+
+  struct Shared {
+    KeyTile k, v;  // at the end: dV, dK
+    QueryTile q[kStages], dout[kStages];
+    float4 weights[kTile.q / 8][kWarpgroupThreads];  // Pᵀ in the order of the accumulator's registers
+    alignas(16) float lse2[kStages][kTile.q], delta[kStages][kTile.q];
+    Barrier kv_full;
+    Ring<kStages, Announcement> q_ring;  // with lse2
+    Ring<kStages> dout_ring;             // with delta
+  };
+
+  // Named barriers, beside the ones of the warpgroups' own at the end (1 and 2).
+  static constexpr int kWeightsFull = 3, kWeightsEmpty = 4, kThreads = 2 * kWarpgroupThreads;
+
+  static __device__ void run(const Params& params) {
+    extern __shared__ std::byte shared_bytes[];
+    Shared& shared = *reinterpret_cast<Shared*>(shared_bytes);
+    const KeyTileWork work(params, kTile);
+    if (!work.exists) {
+      return;
+    }
+    divide_block<kConfig>(
+        [&] {
+          shared.kv_full.init(1);
+          shared.q_ring.init(kWarpgroups);
+          shared.dout_ring.init(kWarpgroups);
+        },
+        [&] { stream_queries<WideKeyGradientKernel>(params, shared, work); },
+        [&](int warpgroup) {
+          if (warpgroup == 0) {
+            sum_values(params, shared, work);
+          } else {
+            sum_keys(params, shared, work);
+          }
+        });
+  }
+
+  // Calls begin(run) for each run and step(q_tile, coverage, cells, run, position) for each of its tiles, in the
+  // producer's order.
+  template <class Begin, class Step>
+  static __device__ void for_each_query_tile(Shared& shared, Begin&& begin, Step&& step) {
+    Position position;
+    Announcement run;
+    wait_for(shared.kv_full, 0);
+    do {
+      run = shared.q_ring.next(position);
+      begin(run);
+      for_each_tile(run, [&](int q_tile, auto coverage, std::uint16_t cells) {
+        step(q_tile, coverage, cells, run, position);
+        position.advance();
+      });
+    } while (!run.last);
+  }
+
+  static __device__ void sum_values(const Params& params, Shared& shared, KeyTileWork work) {
+    const int thread = threadIdx.x % kWarpgroupThreads;
+    const AccumulatorThread at(thread);
+    float dv[kHeadDim / 2] = {};
+    Score score = params.score;
+    KeyBiasRows rows;
+    int head = -1;
+    const auto begin = [&](const Announcement& run) {
+      score = params.score.at(run.head);
+      if constexpr (kModified) {
+        if (run.head != head) {
+          head = run.head;
+          rows.begin(params, work, head, work.k_tile * kTile.k, at);
+        }
+      }
+    };
+    const auto step = [&](int q_tile, auto coverage, std::uint16_t cells, const Announcement& run, Position position) {
+      const int stage = position.stage;
+      float scores[kTile.q / 2];
+      std::uint32_t operand[kTile.q / 4];
+      constexpr bool kPartial = coverage() == Coverage::kPartial;
+      shared.q_ring.wait(position);
+      wgmma::pin(scores);
+      wgmma::fence();
+      wgmma::multiply<Element, kHeadDim>(shared.k.k_major(), shared.q[stage].k_major(), scores, false);
+      wgmma::commit();
+      KeptBits kept;
+      if constexpr (kPartial) {
+        const auto transposed = params.schedule.at(work.sequence, run.head).transposed();
+        kept = kept_bits(transposed.tile_mask(work.k_tile, q_tile, kTransposed, cells), 0, at);
+      }
+      wgmma::wait<0>();
+      wgmma::pin(scores);
+      apply_to_scores<decltype(score.weight(0.f))>([&](auto&& step) {
+#pragma unroll
+        for (int j = 0; j < kTile.q / 8; ++j) {
+          const float2 lse2 = row_statistics<Score>(shared.lse2[stage], at.column(j));
+#pragma unroll
+          for (int i = 4 * j; i < 4 * j + 4; ++i) {
+            scores[i] =
+                step(score.weight(i % 2 == 0 ? lse2.x : lse2.y), params.modifier(scores[i], rows.bias_log2[i / 2 % 2]));
+          }
+        }
+      });
+      shared.q_ring.release(position);
+      if constexpr (kPartial) {
+        kept.apply(scores, 0.f);
+      }
+      cutlass::arch::NamedBarrier::sync(kThreads, kWeightsEmpty);
+#pragma unroll
+      for (int j = 0; j < kTile.q / 8; ++j) {
+        shared.weights[j][thread] = {scores[4 * j], scores[4 * j + 1], scores[4 * j + 2], scores[4 * j + 3]};
+      }
+      cutlass::arch::NamedBarrier::arrive(kThreads, kWeightsFull);
+      pack<Element>(scores, operand);
+      shared.dout_ring.wait(position);
+      wgmma::pin(dv);
+      wgmma::pin(operand);
+      wgmma::fence();
+      wgmma::multiply<Element, Element>(operand, shared.dout[stage].mn_major(), dv, true);
+      wgmma::commit();
+      wgmma::wait<0>();
+      wgmma::pin(dv);
+      wgmma::pin(operand);
+      shared.dout_ring.release(position);
+    };
+    for_each_query_tile(shared, begin, step);
+    cutlass::arch::NamedBarrier::sync(kThreads, kWeightsEmpty);
+    store_key_gradient<Element>(params, work, params.dv, dv, 1.f, shared.k, 0, 1);
+  }
+
+  static __device__ void sum_keys(const Params& params, Shared& shared, KeyTileWork work) {
+    const int thread = threadIdx.x % kWarpgroupThreads;
+    const AccumulatorThread at(thread);
+    float dk[kHeadDim / 2] = {};
+    Score score = params.score;
+    KeyBiasRows rows;
+    int head = -1;
+    const auto begin = [&](const Announcement& run) {
+      score = params.score.at(run.head);
+      if constexpr (kModified) {
+        rows.move_to(run, head, params, work, work.k_tile * kTile.k, at);
+      }
+    };
+    const auto step = [&](int, auto coverage, std::uint16_t, const Announcement&, Position position) {
+      const int stage = position.stage;
+      float dscores[kTile.q / 2], weights[kTile.q / 2];
+      std::uint32_t operand[kTile.q / 4];
+      shared.dout_ring.wait(position);
+      wgmma::pin(dscores);
+      wgmma::fence();
+      wgmma::multiply<Element, kHeadDim>(shared.v.k_major(), shared.dout[stage].k_major(), dscores, false);
+      wgmma::commit();
+      wgmma::wait<0>();
+      wgmma::pin(dscores);
+      cutlass::arch::NamedBarrier::sync(kThreads, kWeightsFull);
+#pragma unroll
+      for (int j = 0; j < kTile.q / 8; ++j) {
+        reinterpret_cast<float4&>(weights[4 * j]) = shared.weights[j][thread];
+        const float2 delta = row_statistics<Score>(shared.delta[stage], at.column(j));
+#pragma unroll
+        for (int i = 4 * j; i < 4 * j + 4; ++i) {
+          dscores[i] = score.score_gradient(weights[i], dscores[i], i % 2 == 0 ? delta.x : delta.y);
+          if constexpr (coverage() == Coverage::kPartial || kModified) {  // 0 · ∞ is not 0
+            dscores[i] = weights[i] == 0.f ? 0.f : dscores[i];
+          }
+        }
+      }
+      if constexpr (kModified) {
+        shared.q_ring.wait(position);
+        rows.modify(params.modifier, shared.lse2[stage], at, weights, dscores);
+      }
+      cutlass::arch::NamedBarrier::arrive(kThreads, kWeightsEmpty);
+      shared.dout_ring.release(position);
+      pack<Element>(dscores, operand);
+      shared.q_ring.wait(position);
+      wgmma::pin(dk);
+      wgmma::pin(operand);
+      wgmma::fence();
+      wgmma::multiply<Element, Element>(operand, shared.q[stage].mn_major(), dk, true);
+      wgmma::commit();
+      wgmma::wait<0>();
+      wgmma::pin(dk);
+      wgmma::pin(operand);
+      shared.q_ring.release(position);
+    };
+    for_each_query_tile(shared, begin, step);
+    if constexpr (kModified) {
+      rows.end(params, work, head, work.k_tile * kTile.k, at);
+    }
+    store_key_gradient<Element>(params, work, params.dk, dk, params.scale, shared.v, 0, 2);
+  }
+};
+
+}  // namespace fastattn::sm90
