@@ -62,6 +62,7 @@ sanitizer() {
     if [[ $tool != racecheck ]]; then # torch has no kernels for it
       under_pytest estimate_blocks_gpu "judges_the_same_queries"
       under_pytest attention_options "lengths_around or probed"
+      under_pytest gradients "wanted_is or deterministic or blind"
       under_pytest attention_regions "probed"
       under_pytest attention_split "views or queries_at_once"
       under_pytest varlen_attention "cut_off or unused or nan_of_one or (test_values and around)"

@@ -30,10 +30,9 @@ namespace fastattn::sm90 {
 
 // The caller's workspace, for the slots of whole query tiles. Scores without row statistics have no lse2 and delta.
 struct BackwardWorkspace {
-  float* lse2;  // [batch, heads, query slots]: base-2 log-sum-exp, +∞ where a row keeps nothing or does not exist
-  float*
-      delta;  // [batch, heads, query slots]: Σ(out · dout) − dlse, or of a score with a bias the row's share of dbias
-  float* dq;  // [batch, heads, query tiles, warpgroups, 8, 128, 4]: 64 × 64 pieces in register order; null: no sums
+  float* lse2;   // [batch, heads, query slots]: base-2 log-sum-exp, +∞ where a row keeps nothing or does not exist
+  float* delta;  // likewise: Σ(out · dout) − dlse, or the row's share of the gradient of a score's bias
+  float* dq;     // [batch, heads, query tiles, warpgroups, 8, 128, 4]: 64 × 64 pieces in register order; null: no sums
 };
 
 template <class Variant>

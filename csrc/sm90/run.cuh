@@ -70,7 +70,7 @@ struct NarrowGradientTiles {
                                              {.head_dim = 256, .tile = {64, 64}, .stages = 2, .warpgroups = 2}};
   static constexpr Config kQueryGradients[] = {{.head_dim = 64, .tile = {128, 64}, .stages = 2, .warpgroups = 2},
                                                {.head_dim = 128, .tile = {128, 64}, .stages = 2, .warpgroups = 2},
-                                               {.head_dim = 256, .tile = {128, 64}, .stages = 2, .warpgroups = 2}};
+                                               {.head_dim = 256, .tile = {128, 32}, .stages = 2, .warpgroups = 2}};
 };
 
 // What only the GPU restricts; for a problem that is valid.

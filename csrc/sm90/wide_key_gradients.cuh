@@ -223,6 +223,7 @@ struct WideKeyGradientKernel {
       wgmma::pin(operand);
       shared.q_ring.release(position);
     };
+    cutlass::arch::NamedBarrier::arrive(kThreads, kWeightsEmpty);
     for_each_query_tile(shared, begin, step);
     if constexpr (kModified) {
       rows.end(params, work, head, work.k_tile * kTile.k, at);

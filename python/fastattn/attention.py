@@ -95,7 +95,7 @@ def attention(
         q: ``[batch, seq_q, heads, head_dim]``, float32 (CPU only), float16 or bfloat16. Any strides with a contiguous
             last dimension: slices of a fused QKV projection and transposed ``[batch, heads, seq, head_dim]`` views are
             read in place. (CUDA: in place where base and strides are multiples of 16 bytes, else from a copy.)
-            ``head_dim`` is a multiple of 8 up to 256; on CUDA gradients take up to 128.
+            ``head_dim`` is a multiple of 8 up to 256.
         k, v: ``[batch, seq_k, kv_heads, head_dim]``, dtype and device of ``q``. ``heads`` is a multiple of
             ``kv_heads``; query head ``h`` reads key head ``h // (heads // kv_heads)`` (grouped-query attention).
             ``v`` may have a ``head_dim`` of its own, which is then the output's.

@@ -57,6 +57,7 @@ const Test keeps_the_formula("band: keeps() is the formula, transposed() exchang
             for (int k = std::max(own - left, 0); k < std::min(own + right + 1, num_k); ++k) {
               kept.push_back(k);
             }
+            check(band.is_blind(q) == kept.empty(), describe(band) + " at " + std::to_string(q));
             for (int k = -1; k < num_k + 2; ++k) {
               const bool expected = std::find(kept.begin(), kept.end(), k) != kept.end();
               check(band.keeps(q, k) == expected,

@@ -14,7 +14,7 @@ from collections import Counter
 from pathlib import Path
 from sysconfig import get_paths
 
-MAIN_KERNELS = re.compile(r"(forward|backward|estimate)_kernel")
+MAIN_KERNELS = re.compile(r"(forward|gradient|estimate)_kernel")
 PRODUCTS = ("HGMMA", "IGMMA", "QGMMA")
 COPY = "UTMALDG"
 LOCAL_MEMORY = ("LDL", "STL")
