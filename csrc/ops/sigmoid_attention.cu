@@ -17,7 +17,6 @@ struct SigmoidBand : sm90::GradientTiles {
   using Element = Element_;
   using Operands = sm90::PlainOperands<Element>;
   using Epilogue = sm90::Output<Element, false>;
-  using Modifier = sm90::NoModifier;
   static constexpr sm90::Config kForward[] = {{.head_dim = 64, .tile = {192, 128}, .stages = 2, .warpgroups = 3},
                                               {.head_dim = 128, .tile = {128, 128}, .stages = 2, .warpgroups = 2}};
 };
