@@ -111,6 +111,7 @@ const AddOp<AttentionCase, AttentionProblem> kOp{
         "b1_s4096_h8_d64_causal",
         "b8_s128_h8_d64",
         "b1_s4096_h8_kv2_d64_causal",
+        "b1_s2048_h8_d64",
     },
     // Twelve dense cases of 16,384 tokens and hidden size 2048, then short and long sequences, images, grouped heads, a
     // sliding window and other sizes of heads.

@@ -234,7 +234,13 @@ OP = Op(
         },
     },
     cases={
-        "cpu": ("b1_s4096_h8_d64", "b1_s4096_h8_d64_causal", "b8_s128_h8_d64", "b1_s4096_h8_kv2_d64_causal"),
+        "cpu": (
+            "b1_s4096_h8_d64",
+            "b1_s4096_h8_d64_causal",
+            "b8_s128_h8_d64",
+            "b1_s4096_h8_kv2_d64_causal",
+            "b1_s2048_h8_d64",
+        ),
         "cuda": (  # then short and long sequences, images, grouped heads, a sliding window and other sizes of heads
             *DENSE_GPU_CASES,
             "b4_s4096_h8_d256",
