@@ -181,6 +181,7 @@ Status launch_gradients(const BackwardProblem<Variant>& problem, Stream stream) 
   plan_workspace<Kernel>(problem.q, problem.schedule, problem.workspace, params.workspace);
   const std::int64_t heads = problem.q.batch() * (kOwnsKeys ? problem.k.heads() : problem.q.heads());
   const int tiles = kOwnsKeys ? num_k_tiles(problem.schedule, kTile) : params.q_tiles;
+  // Bytes that all tiles of a head stream: of Q and dO, or of K and V.
   const std::int64_t streamed = (kOwnsKeys ? problem.q.seq() : problem.k.seq()) * Kernel::kHeadDim * 4;
   params.order = work_order(heads, tiles, num_multiprocessors(), streamed, 1);
   MapEncoder encode;
