@@ -15,7 +15,6 @@
 #include "fastattn/schedule/schedule.hpp"
 #include "sm90/accumulator.cuh"
 #include "sm90/backward.cuh"
-#include "sm90/block.cuh"
 #include "sm90/config.hpp"
 #include "sm90/key_tile.cuh"
 #include "sm90/ring.cuh"
@@ -58,20 +57,8 @@ struct KeyGradientKernel {
   };
 
   static __device__ void run(const Params& params) {
-    extern __shared__ std::byte shared_bytes[];
-    Shared& shared = *reinterpret_cast<Shared*>(shared_bytes);
-    const KeyTileWork work(params, kTile);
-    if (!work.exists) {
-      return;
-    }
-    divide_block<kConfig>(
-        [&] {
-          shared.kv_full.init(1);
-          shared.q_ring.init(kWarpgroups);
-          shared.dout_ring.init(kWarpgroups);
-        },
-        [&] { stream_queries<KeyGradientKernel>(params, shared, work); },
-        [&](int warpgroup) { consume(params, shared, work, warpgroup); });
+    own_key_tile<KeyGradientKernel>(
+        params, [&](Shared& shared, KeyTileWork work, int warpgroup) { consume(params, shared, work, warpgroup); });
   }
 
   static __device__ void consume(const Params& params, Shared& shared, KeyTileWork work, int warpgroup) {

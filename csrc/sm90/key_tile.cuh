@@ -5,6 +5,7 @@
 
 #include "fastattn/schedule/schedule.hpp"
 #include "sm90/backward.cuh"
+#include "sm90/block.cuh"
 #include "sm90/output.cuh"
 #include "sm90/ring.cuh"
 #include "sm90/shared_tile.cuh"
@@ -81,6 +82,24 @@ __device__ void stream_queries(const typename Kernel::Params& params, typename K
           at.advance();
         }
       });
+}
+
+// A thread block of such a kernel: its producer streams queries, its other warpgroups consume(shared, work, warpgroup).
+template <class Kernel, class Consume>
+__device__ void own_key_tile(const typename Kernel::Params& params, Consume&& consume) {
+  extern __shared__ std::byte shared_bytes[];
+  auto& shared = *reinterpret_cast<typename Kernel::Shared*>(shared_bytes);
+  const KeyTileWork work(params, Kernel::kTile);
+  if (!work.exists) {
+    return;
+  }
+  divide_block<Kernel::kConfig>(
+      [&] {
+        shared.kv_full.init(1);
+        shared.q_ring.init(Kernel::kWarpgroups);
+        shared.dout_ring.init(Kernel::kWarpgroups);
+      },
+      [&] { stream_queries<Kernel>(params, shared, work); }, [&](int warpgroup) { consume(shared, work, warpgroup); });
 }
 
 // The statistics of the queries in columns `column` and `column` + 1 of a transposed score tile.

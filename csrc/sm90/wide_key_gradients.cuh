@@ -15,7 +15,6 @@
 #include "fastattn/schedule/schedule.hpp"
 #include "sm90/accumulator.cuh"
 #include "sm90/backward.cuh"
-#include "sm90/block.cuh"
 #include "sm90/config.hpp"
 #include "sm90/key_tile.cuh"
 #include "sm90/ring.cuh"
@@ -56,26 +55,13 @@ struct WideKeyGradientKernel {
   static constexpr int kWeightsFull = 3, kWeightsEmpty = 4, kThreads = 2 * kWarpgroupThreads;
 
   static __device__ void run(const Params& params) {
-    extern __shared__ std::byte shared_bytes[];
-    Shared& shared = *reinterpret_cast<Shared*>(shared_bytes);
-    const KeyTileWork work(params, kTile);
-    if (!work.exists) {
-      return;
-    }
-    divide_block<kConfig>(
-        [&] {
-          shared.kv_full.init(1);
-          shared.q_ring.init(kWarpgroups);
-          shared.dout_ring.init(kWarpgroups);
-        },
-        [&] { stream_queries<WideKeyGradientKernel>(params, shared, work); },
-        [&](int warpgroup) {
-          if (warpgroup == 0) {
-            sum_values(params, shared, work);
-          } else {
-            sum_keys(params, shared, work);
-          }
-        });
+    own_key_tile<WideKeyGradientKernel>(params, [&](Shared& shared, KeyTileWork work, int warpgroup) {
+      if (warpgroup == 0) {
+        sum_values(params, shared, work);
+      } else {
+        sum_keys(params, shared, work);
+      }
+    });
   }
 
   // Calls begin(run) for each run and step(q_tile, coverage, cells, run, position) for each of its tiles, in the
