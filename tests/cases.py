@@ -4,29 +4,10 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
 
 from fastattn import reference
-
-# What gradients on a GPU do not have yet.
-GPU_LACKS = {
-    "softcap or key_bias",
-    "rectangles or segments",
-    "values of their own width",
-    "varlen_attention",
-    "deterministic block_sparse_attention",
-    "deterministic neighborhood_attention",
-    "deterministic sigmoid_attention",
-}
-
-
-def needs(device: str, *features: str) -> None:
-    """Skips a test whose gradients the device does not have yet."""
-    missing = GPU_LACKS.intersection(features) if device == "cuda" else ()
-    if missing:
-        pytest.skip(f"not on a GPU yet: gradients of {', '.join(sorted(missing))}")
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import fastattn
-from cases import Case, assert_gradients_right, gradients, needs, relative_error
+from cases import Case, assert_gradients_right, gradients, relative_error
 from fastattn import reference
 
 HEADS, SEQ_Q, SEQ_K = 4, 150, 210
@@ -232,7 +232,6 @@ def test_masks_that_are_strided(device, dtype) -> None:
 @pytest.mark.parametrize("head_dim", [16, 64, 128])
 def test_gradients(name: str, head_dim: int, place) -> None:
     device, dtype = place
-    needs(device, "rectangles or segments")
     options, case = on(device, OPTIONS[name]), Case(SEQ_Q, SEQ_K, heads=HEADS, kv_heads=2, head_dim=head_dim)
     q, k, v = case.inputs(device, dtype)
     inputs = {"q": q, "k": k, "v": v, **({"sinks": options.pop("sinks")} if "sinks" in options else {})}
@@ -247,7 +246,6 @@ def test_gradients(name: str, head_dim: int, place) -> None:
 @pytest.mark.parametrize("name", SEGMENTS)
 def test_gradients_of_segments(name: str, device, dtype) -> None:
     """Also of keys that no query shares a segment with: 0, whatever is in them."""
-    needs(device, "rectangles or segments")
     of_queries, of_keys = on(device, SEGMENTS[name])
     case = Case(260, 300, batch=max(len(of_queries), len(of_keys)), heads=2, kv_heads=1)
     q, k, v = case.inputs(device, dtype)
@@ -286,7 +284,6 @@ def test_opcheck_and_compile(name: str, device, dtype) -> None:
 
 
 def test_opcheck_backward(device, dtype) -> None:
-    needs(device, "rectangles or segments")
     case = Case(SEQ_Q, SEQ_K, heads=HEADS, kv_heads=2, head_dim=16)
     inputs, masks = case.inputs(device, dtype), on(device, (EACH_OF_BATCH, *SORTED))
     out, lse = torch.ops.fastattn.attention(*inputs, None, None, None, None, *masks, causal=True)

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastattn
-from cases import Case, gradients, needs, relative_error
+from cases import Case, gradients, relative_error
 from fastattn import reference
 
 SEQ_Q, SEQ_K, HEADS = 130, 200, 4
@@ -53,22 +53,21 @@ def prefix_attention(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Any:
     return attention(q, k, v, rectangles=rectangle, **options)
 
 
-# Each with the tensors that it takes beside q, k and v, and what a GPU needs for it.
-OPS: dict[str, tuple[Any, tuple[str, ...], tuple[str, ...]]] = {
-    "attention": (attention, ("sinks",), ()),
-    "softcap and key_bias": (capped_attention, ("key_bias", "sinks"), ("softcap or key_bias",)),
-    "rectangles": (prefix_attention, (), ("rectangles or segments",)),
-    "varlen_attention": (varlen_attention, ("sinks",), ("varlen_attention",)),
-    "block_sparse_attention": (block_sparse_attention, (), ()),
-    "neighborhood_attention": (neighborhood_attention, (), ()),
-    "sigmoid_attention": (sigmoid_attention, ("bias",), ()),
+# Each with the tensors that it takes beside q, k and v.
+OPS: dict[str, tuple[Any, tuple[str, ...]]] = {
+    "attention": (attention, ("sinks",)),
+    "softcap and key_bias": (capped_attention, ("key_bias", "sinks")),
+    "rectangles": (prefix_attention, ()),
+    "varlen_attention": (varlen_attention, ("sinks",)),
+    "block_sparse_attention": (block_sparse_attention, ()),
+    "neighborhood_attention": (neighborhood_attention, ()),
+    "sigmoid_attention": (sigmoid_attention, ("bias",)),
 }
 each_op = pytest.mark.parametrize("name", OPS)
 
 
 def inputs_of(name: str, device: str, dtype: torch.dtype) -> tuple[Any, dict[str, Tensor], tuple[Tensor, Tensor]]:
-    function, others, features = OPS[name]
-    needs(device, *features)
+    function, others = OPS[name]
     case = Case(SEQ_Q, SEQ_K, batch=1, heads=HEADS, kv_heads=2)
     q, k, v = case.inputs(device, dtype)
     of_heads = torch.randn(HEADS, device=device)
@@ -79,7 +78,6 @@ def inputs_of(name: str, device: str, dtype: torch.dtype) -> tuple[Any, dict[str
 
 @each_op
 def test_what_is_wanted_is_what_it_is_beside_others(name: str, device, dtype) -> None:
-    needs(device, f"deterministic {name}")
     function, inputs, cotangents = inputs_of(name, device, dtype)
     together = gradients(partial(function, deterministic=True), inputs, cotangents)
     for chosen in product([False, True], repeat=len(inputs)):
@@ -118,7 +116,6 @@ def test_nothing_is_returned_for_what_is_not_wanted(name: str, device, dtype) ->
 @each_op
 def test_deterministic(name: str, device, dtype) -> None:
     """Asked for by the argument, or by torch where that is None."""
-    needs(device, f"deterministic {name}")
     function, inputs, cotangents = inputs_of(name, device, dtype)
     asked: list[bool] = []
 
@@ -205,7 +202,6 @@ def test_gradients_are_derivatives(name: str) -> None:
 @pytest.mark.parametrize("sinks", [None, 0.5])
 def test_hidden_keys_and_blind_rows_have_no_gradients(sinks: float | None, device, dtype) -> None:
     """Keys behind a bias of -inf, rows that see no others; with a sink such a row still has a weight, of no value."""
-    needs(device, "softcap or key_bias")
     case = Case(100, 300, heads=HEADS, kv_heads=2)
     q, k, v = case.inputs(device, dtype)
     bias = torch.randn(2, 1, 300, device=device)
@@ -227,8 +223,6 @@ def test_hidden_keys_and_blind_rows_have_no_gradients(sinks: float | None, devic
 @pytest.mark.parametrize("options", [{}, {"softcap": 2.0}, {"sinks": True}, {"rectangles": True}], ids=str)
 def test_blind_rows_have_none_whatever_the_keys_are(options: dict[str, Any], device, dtype) -> None:
     """NaN in keys and values that a row does not see, in a tile that it shares with rows that do."""
-    needs(device, *(["softcap or key_bias"] if "softcap" in options else []))
-    needs(device, *(["rectangles or segments"] if "rectangles" in options else []))
     options = dict(options)
     if "sinks" in options:
         options["sinks"] = torch.randn(HEADS, device=device)
@@ -246,7 +240,6 @@ def test_blind_rows_have_none_whatever_the_keys_are(options: dict[str, Any], dev
 
 
 def test_a_bias_of_its_own_shape_gets_a_gradient_of_that(device, dtype) -> None:
-    needs(device, "softcap or key_bias")
     case = Case(60, 70, heads=HEADS, kv_heads=1)
     q, k, v = case.inputs(device, dtype)
     whole = torch.zeros(2, HEADS, 70, device=device)

@@ -126,10 +126,6 @@ def test_float32_on_cuda() -> None:
 def test_wide_heads_on_cuda() -> None:
     with pytest.raises(RuntimeError, match="head_dim must be at most 128 on the GPU, got 136"):
         fastattn.sigmoid_attention(**tensors("cuda", torch.bfloat16, head_dim=136))
-    q, k, v = (x.requires_grad_() for x in tensors("cuda", torch.bfloat16, head_dim=136).values())
-    out = fastattn.attention(q, k, v)
-    with pytest.raises(RuntimeError, match="attention_backward: head_dim must be at most 128 on the GPU, got 136"):
-        out.sum().backward()
 
 
 def call_cuda_kernel(**given: torch.Tensor):

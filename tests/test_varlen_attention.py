@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastattn
-from cases import assert_gradients_right, gradients, needs, relative_error
+from cases import assert_gradients_right, gradients, relative_error
 from fastattn import reference
 
 HEADS, KV_HEADS = 4, 2
@@ -221,13 +221,11 @@ def assert_varlen_gradients_right(tensors: Any, **options: Any) -> None:
 @pytest.mark.parametrize("lengths", LENGTHS)
 @pytest.mark.parametrize("option", OPTIONS)
 def test_gradients(lengths: str, option: str, place) -> None:
-    needs(place[0], "varlen_attention")
     assert_varlen_gradients_right(inputs(LENGTHS[lengths], place), **on(place[0], OPTIONS[option]))
 
 
 @pytest.mark.parametrize(("head_dim", "value_dim"), [(16, 16), (128, 128), (128, 64), (64, 16)])
 def test_gradients_of_head_dims(head_dim: int, value_dim: int, place) -> None:
-    needs(place[0], "varlen_attention")
     assert_varlen_gradients_right(inputs(LENGTHS["around tiles"], place, head_dim, value_dim), causal=True)
 
 
@@ -244,7 +242,6 @@ def test_gradients_of_any_lengths(lengths: list[tuple[int, int]], causal: bool) 
 @pytest.mark.parametrize("option", OPTIONS)
 def test_gradients_of_unused_tokens(option: str, device, dtype) -> None:
     """They are 0, those after the last sequence among them, and what is in unused tokens changes no other."""
-    needs(device, "varlen_attention")
     lengths = [90, 0, 64, 130, 200], [130, 40, 64, 100, 200]
     used = [50, 0, 64, 0, 129], [130, 10, 33, 70, 65]
     q, k, v, cu_q, cu_k = inputs(tuple([*x, 70] for x in lengths), (device, dtype))
@@ -281,7 +278,6 @@ def test_gradients_of_unused_tokens(option: str, device, dtype) -> None:
 
 
 def test_gradients_of_strided_views(device, dtype) -> None:
-    needs(device, "varlen_attention")
     fused = torch.randn(200, 3, HEADS, 67, device=device).to(dtype)
     q, k, v = fused[..., 1:65].unbind(1)
     dout = torch.randn(200, 1, 1, device=device).to(dtype).expand(200, HEADS, 64)
@@ -330,7 +326,6 @@ def test_opcheck_and_compile(device, dtype) -> None:
     used = torch.tensor([20, 0, 30], dtype=torch.int32, device=device)
     torch.library.opcheck(torch.ops.fastattn.varlen_attention.default, (*tensors, used), {"causal": True})
     torch.compiler.reset()
-    needs(device, "varlen_attention")
     out, lse = torch.ops.fastattn.varlen_attention(*tensors, used)
     arguments = (torch.randn_like(out), torch.randn_like(lse), *tensors[:3], out, lse, *tensors[3:], used)
     for wanted in ([True] * 3, [False, True, False]):

@@ -27,22 +27,24 @@ struct SoftmaxNeighborhood : SoftmaxOver<Element, NeighborhoodSchedule<false, QB
 };
 
 template <class Element, class Boxes>
-struct Forward : SoftmaxNeighborhood<Element, typename Boxes::Query, typename Boxes::Key> {
-  static constexpr sm90::Config kForward[] = {{.head_dim = 64, .tile = Forward::kTile, .stages = 2, .warpgroups = 2},
-                                              {.head_dim = 128, .tile = Forward::kTile, .stages = 2, .warpgroups = 2}};
+struct Wide : SoftmaxNeighborhood<Element, typename Boxes::Query, typename Boxes::Key> {
+  static constexpr sm90::Config kForward[] = {{.head_dim = 64, .tile = Wide::kTile, .stages = 2, .warpgroups = 2},
+                                              {.head_dim = 128, .tile = Wide::kTile, .stages = 2, .warpgroups = 2}};
+  static constexpr sm90::Config kGradients[1] = {{.head_dim = 64, .tile = Wide::kTile, .stages = 2, .warpgroups = 2}};
+  static constexpr sm90::Config kKeyGradients[1] = {
+      {.head_dim = 64, .tile = Wide::kTile, .stages = 2, .warpgroups = 2}};
+  static constexpr sm90::Config kQueryGradients[2] = {
+      {.head_dim = 64, .tile = Wide::kTile, .stages = 2, .warpgroups = 2},
+      {.head_dim = 128, .tile = Wide::kTile, .stages = 2, .warpgroups = 2}};
 };
 
+// For the gradients of keys at head_dim 128: registers have room for 64 queries only.
 template <class Element, class Boxes>
-struct Backward64 : SoftmaxNeighborhood<Element, typename Boxes::Query, typename Boxes::Key> {
-  static constexpr sm90::Config kGradients[] = {
-      {.head_dim = 64, .tile = Backward64::kTile, .stages = 2, .warpgroups = 2}};
-};
-
-// Registers have room for 64 queries only.
-template <class Element, class Boxes>
-struct Backward128 : SoftmaxNeighborhood<Element, typename Boxes::NarrowQuery, typename Boxes::Key> {
-  static constexpr sm90::Config kGradients[] = {
-      {.head_dim = 128, .tile = Backward128::kTile, .stages = 2, .warpgroups = 2}};
+struct Narrow : SoftmaxNeighborhood<Element, typename Boxes::NarrowQuery, typename Boxes::Key> {
+  static constexpr sm90::Config kGradients[1] = {
+      {.head_dim = 128, .tile = Narrow::kTile, .stages = 2, .warpgroups = 2}};
+  static constexpr sm90::Config kKeyGradients[1] = {
+      {.head_dim = 128, .tile = Narrow::kTile, .stages = 2, .warpgroups = 2}};
 };
 
 // Calls run.operator()<Element, Boxes>() for the problem's dtype and axes.
@@ -60,12 +62,13 @@ auto with_boxes(const NeighborhoodAttention& p, Run&& run) {
   });
 }
 
-// Calls run.operator()<Variant>() for the backward's variant.
+// Calls run.operator()<OfKeys, OfQueries>() for the variants of the backward's kernels.
 template <class Run>
-auto with_backward(const NeighborhoodAttention& p, Run&& run) {
+auto with_gradients(const NeighborhoodAttention& p, Run&& run) {
   return with_boxes(p, [&]<class Element, class Boxes>() {
-    return p.q.head_dim() <= 64 ? run.template operator()<Backward64<Element, Boxes>>()
-                                : run.template operator()<Backward128<Element, Boxes>>();
+    using OfQueries = Wide<Element, Boxes>;
+    return p.q.head_dim() <= 64 ? run.template operator()<Wide<Element, Boxes>, OfQueries>()
+                                : run.template operator()<Narrow<Element, Boxes>, OfQueries>();
   });
 }
 
@@ -94,7 +97,7 @@ Status neighborhood_attention(const NeighborhoodAttention& p, Stream stream) {
     return status;
   }
   return with_boxes(p, [&]<class Element, class Boxes>() {
-    using Variant = Forward<Element, Boxes>;
+    using Variant = Wide<Element, Boxes>;
     return softmax_forward<Variant>(kOp, p, Variant::schedule_of(p), stream);
   });
 }
@@ -105,14 +108,17 @@ Status neighborhood_attention_backward(const NeighborhoodAttentionBackward& prob
   if (const Status status = check_problem(kOp, problem, p); !status.ok()) {
     return status;
   }
-  return with_backward(
-      p, [&]<class Variant>() { return softmax_backward<Variant>(kOp, problem, Variant::schedule_of(p), stream); });
+  return with_gradients(p, [&]<class OfKeys, class OfQueries>() {
+    return sm90::run_backward(kOp, softmax_gradients<OfKeys>(problem, p, OfKeys::schedule_of(p)),
+                              softmax_gradients<OfQueries>(problem, p, OfQueries::schedule_of(p)), stream);
+  });
 }
 
 std::size_t neighborhood_attention_backward_workspace(const NeighborhoodAttentionBackward& problem, Stream) {
   const NeighborhoodAttention& p = problem.forward;
-  return with_backward(
-      p, [&]<class Variant>() { return sm90::backward_workspace<Variant>(problem, Variant::schedule_of(p)); });
+  return with_gradients(p, [&]<class OfKeys, class OfQueries>() {
+    return sm90::backward_workspace<OfKeys, OfQueries>(problem, OfKeys::schedule_of(p), OfQueries::schedule_of(p));
+  });
 }
 
 }  // namespace fastattn

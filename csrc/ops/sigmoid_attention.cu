@@ -17,8 +17,12 @@ struct SigmoidBand : sm90::GradientTiles {
   using Element = Element_;
   using Operands = sm90::PlainOperands<Element>;
   using Epilogue = sm90::Output<Element, false>;
+  using Modifier = sm90::NoModifier;
   static constexpr sm90::Config kForward[] = {{.head_dim = 64, .tile = {192, 128}, .stages = 2, .warpgroups = 3},
                                               {.head_dim = 128, .tile = {128, 128}, .stages = 2, .warpgroups = 2}};
+  // Weights of 128 queries, tanh and all, spill in the kernel without dQ.
+  static constexpr sm90::Config kKeyGradients[] = {{.head_dim = 64, .tile = {64, 128}, .stages = 2, .warpgroups = 2},
+                                                   {.head_dim = 128, .tile = {64, 128}, .stages = 2, .warpgroups = 2}};
 };
 
 Sigmoid score_of(const SigmoidAttention& p) { return {p.scale * kLog2E, p.bias * kLog2E, p.head_bias}; }

@@ -51,11 +51,4 @@ Status varlen_attention(const VarlenAttention& problem, Stream stream) {
   });
 }
 
-std::size_t varlen_attention_backward_workspace(const VarlenAttentionBackward&, Stream) { return 0; }
-
-Status varlen_attention_backward(const VarlenAttentionBackward& problem, Stream) {
-  const Status status = validate(problem);
-  return status.ok() ? failure("varlen_attention_backward: gradients are not available on the GPU yet") : status;
-}
-
 }  // namespace fastattn

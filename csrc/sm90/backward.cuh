@@ -19,6 +19,7 @@
 #include "fastattn/schedule/schedule.hpp"
 #include "fastattn/tensor_view.hpp"
 #include "sm90/accumulator.cuh"
+#include "sm90/modifier.cuh"
 #include "sm90/output.cuh"
 #include "sm90/shared_tile.cuh"
 #include "sm90/tma.cuh"
@@ -30,7 +31,7 @@ namespace fastattn::sm90 {
 // The caller's workspace, for the slots of whole query tiles. Scores without row statistics have no lse2 and delta.
 struct BackwardWorkspace {
   float* lse2;   // [batch, heads, query slots]: base-2 log-sum-exp, +∞ where a row keeps nothing or does not exist
-  float* delta;  // likewise: Σ(out · dout) − dlse
+  float* delta;  // likewise: Σ(out · dout) − dlse, or the row's share of the gradient of a score's bias
   float* dq;     // [batch, heads, query tiles, warpgroups, 8, 128, 4]: 64 × 64 pieces in register order; null: no sums
 };
 
@@ -41,8 +42,11 @@ struct BackwardParams {
   TensorView dq, dk, dv;                // without data: not wanted
   typename Variant::Schedule schedule;  // of all heads; as in the forward: queries × keys
   typename Variant::Score score;        // of all heads
+  typename Variant::Modifier modifier;
   float scale;
-  float* dbias;  // [heads], for a score with a bias; may be null
+  float* dbias;      // [heads], for a score with a bias; may be null
+  float* dkey_bias;  // [batch, heads, num_keys], for biases of keys; may be null
+  int num_keys;      // of the tensors
   BackwardWorkspace workspace;
   int heads, heads_per_kv_head;
   int q_tiles;      // of a head
@@ -138,6 +142,35 @@ __global__ void prepare_kernel(const __grid_constant__ PrepareParams<Schedules> 
       params.workspace.lse2[row] = lse2;
       params.workspace.delta[row] = sum;
     }
+  }
+}
+
+struct BiasParams {
+  float* dbias;         // [heads]
+  const float* shares;  // [batch, heads, slots]
+  int batch, heads, slots;
+};
+
+// The gradient of each head's bias, a block for each: its rows' shares, always in the same order.
+template <int kThreads>
+__global__ void sum_bias_kernel(const __grid_constant__ BiasParams params) {
+  __shared__ float sums[kThreads];
+  float sum = 0.f;
+  for (int batch = 0; batch < params.batch; ++batch) {
+    const float* shares = params.shares + (std::int64_t{batch} * params.heads + blockIdx.x) * params.slots;
+    for (int slot = static_cast<int>(threadIdx.x); slot < params.slots; slot += kThreads) {
+      sum += shares[slot];
+    }
+  }
+  sums[threadIdx.x] = sum;
+  for (int half = kThreads / 2; half > 0; half /= 2) {
+    __syncthreads();
+    if (static_cast<int>(threadIdx.x) < half) {
+      sums[threadIdx.x] += sums[threadIdx.x + half];
+    }
+  }
+  if (threadIdx.x == 0) {
+    params.dbias[blockIdx.x] = sums[0];
   }
 }
 

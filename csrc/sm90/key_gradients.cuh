@@ -26,7 +26,7 @@ namespace fastattn::sm90 {
 // kSumsQueries: with dQ.
 template <class Variant, Config kConfig_, bool kSumsQueries_>
 struct KeyGradientKernel {
-  static constexpr bool kSumsQueries = kSumsQueries_;
+  static constexpr bool kSumsQueries = kSumsQueries_, kSumsBias = false;
   static constexpr Config kConfig = kConfig_;
   static constexpr TileShape kTile = kConfig.tile;
   static constexpr TileShape kTransposed = {kTile.k, kTile.q};
@@ -37,6 +37,9 @@ struct KeyGradientKernel {
   static constexpr int kRowPieces = kTile.q / kPiece;
   static_assert(kTile.k == kWarpgroups * kWarpgroupRows);
   static_assert(!kSumsQueries || (kRowPieces * (kHeadDim / kPiece) == kWarpgroups && kStages >= 2));
+
+  static constexpr bool kModified = Variant::Modifier::kExists;
+  static_assert(!kSumsQueries || !kModified);  // for want of registers
 
   using Element = typename Variant::Element;
   using Score = typename Variant::Score;
@@ -75,7 +78,9 @@ struct KeyGradientKernel {
     wait_for(shared.kv_full, 0);
     Announcement run{};
     Score score = params.score;
+    [[maybe_unused]] const int first_slot = work.k_tile * kTile.k + shared_row;
     [[maybe_unused]] const int tiles_before = first_q_tile(params.schedule, work.sequence, kTile);
+    KeyBiasRows rows;
     const auto step = [&](int q_tile, auto coverage, std::uint16_t cells) {
       const int stage = position.stage;
       float scores[kTile.q / 2], dscores[kTile.q / 2];  // transposed: this warpgroup's keys × the tile's queries
@@ -106,7 +111,8 @@ struct KeyGradientKernel {
           const float2 lse2 = row_statistics<Score>(shared.lse2[stage], at.column(j));
 #pragma unroll
           for (int i = 4 * j; i < 4 * j + 4; ++i) {
-            scores[i] = step(score.weight(i % 2 == 0 ? lse2.x : lse2.y), scores[i]);
+            scores[i] =
+                step(score.weight(i % 2 == 0 ? lse2.x : lse2.y), params.modifier(scores[i], rows.bias_log2[i / 2 % 2]));
           }
         }
       });
@@ -125,11 +131,14 @@ struct KeyGradientKernel {
           dscores[i] = score.score_gradient(scores[i], dscores[i], i % 2 == 0 ? delta.x : delta.y);
         }
       }
-      if constexpr (kPartial) {  // a masked score has weight 0, but 0 · ∞ is not 0
+      if constexpr (kPartial || kModified) {  // a masked score has weight 0, but 0 · ∞ is not 0
 #pragma unroll
         for (int i = 0; i < kTile.q / 2; ++i) {
           dscores[i] = scores[i] == 0.f ? 0.f : dscores[i];
         }
+      }
+      if constexpr (kModified) {
+        rows.modify(params.modifier, shared.lse2[stage], at, scores, dscores);
       }
       if constexpr (Score::kBiasGradient && kSumsQueries) {
         if (params.dbias != nullptr) {
@@ -182,11 +191,18 @@ struct KeyGradientKernel {
       shared.q_ring.release(position);
       position.advance();
     };
+    int head = -1;
     do {
       run = shared.q_ring.next(position);
       score = params.score.at(run.head);
+      if constexpr (kModified) {
+        rows.move_to(run, head, params, work, first_slot, at);
+      }
       for_each_tile(run, step);
     } while (!run.last);
+    if constexpr (kModified) {
+      rows.end(params, work, head, first_slot, at);
+    }
 
     // Epilogue: dK and dV take the place of K and V, once no warpgroup reads them any more.
     if constexpr (kSumsQueries) {

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "fastattn/schedule/schedule.hpp"
+#include "sm90/accumulator.cuh"
 #include "sm90/backward.cuh"
 #include "sm90/block.cuh"
 #include "sm90/output.cuh"
@@ -124,6 +125,11 @@ __device__ inline void add_bias_gradient(float* dbias, float share) {
   }
 }
 
+template <class Params>
+__device__ int key_token(const Params& params, KeyTileWork work, int slot) {
+  return slots_of(params.schedule, work.sequence).key_token(slot);
+}
+
 // Stores 64 rows of dK or dV, times `scale`, by way of rows [first_row, first_row + 64) of `staging`.
 template <class Element, class Params, int kCount, class Tile>
 __device__ void store_key_gradient(const Params& params, KeyTileWork work, const TensorView& to,
@@ -135,11 +141,67 @@ __device__ void store_key_gradient(const Params& params, KeyTileWork work, const
   for (int i = 0; i < kCount; ++i) {
     gradient[i] *= scale;
   }
-  store_rows<Element>(
-      gradient, staging, first_row, threadIdx.x % kWarpgroupThreads, barrier, to, work.batch, work.kv_head, 0,
-      [&](int row) {
-        return slots_of(params.schedule, work.sequence).key_token(work.k_tile * Tile::kRows + first_row + row);
-      });
+  store_rows<Element>(gradient, staging, first_row, threadIdx.x % kWarpgroupThreads, barrier, to, work.batch,
+                      work.kv_head, 0,
+                      [&](int row) { return key_token(params, work, work.k_tile * Tile::kRows + first_row + row); });
 }
+
+// Of this thread's two keys in one head: the terms of their scores, and the sums of these scores' gradients.
+struct KeyBiasRows {
+  float bias_log2[2] = {}, gradient[2] = {};
+
+  // Row 0 of the accumulator is slot `first_slot`.
+  template <class Params>
+  __device__ void begin(const Params& params, KeyTileWork work, int head, int first_slot, AccumulatorThread at) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int token = key_token(params, work, first_slot + at.row(h));
+      bias_log2[h] = token < 0 ? 0.f : params.modifier.bias_log2(work.batch, head, token);
+      gradient[h] = 0.f;
+    }
+  }
+  template <class Params>
+  __device__ void end(const Params& params, KeyTileWork work, int head, int first_slot, AccumulatorThread at) const {
+    if (params.dkey_bias == nullptr || head < 0) {
+      return;
+    }
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const float sum = sum_over_row(gradient[h]);
+      const int token = key_token(params, work, first_slot + at.row(h));
+      if (at.first_column == 0 && token >= 0) {
+        params.dkey_bias[(std::int64_t{work.batch} * params.heads + head) * params.num_keys + token] = sum;
+      }
+    }
+  }
+  // From the scores of `head` to those of the run's.
+  template <class Params>
+  __device__ void move_to(const Announcement& run, int& head, const Params& params, KeyTileWork work, int first_slot,
+                          AccumulatorThread at) {
+    if (run.count > 0 && run.head != head) {
+      end(params, work, head, first_slot, at);
+      head = run.head;
+      begin(params, work, head, first_slot, at);
+    }
+  }
+
+  // Adds up the gradients of transposed scores with these weights, and makes those of products of them.
+  template <class Modifier, int kQueries, int kCount>
+  __device__ void modify(const Modifier& modifier, const float (&lse2)[kQueries], AccumulatorThread at,
+                         const float (&weights)[kCount], float (&gradients)[kCount]) {
+#pragma unroll
+    for (int j = 0; j < kCount / 4; ++j) {
+      const float2 of_queries = *reinterpret_cast<const float2*>(&lse2[at.column(j)]);
+#pragma unroll
+      for (int i = 4 * j; i < 4 * j + 4; ++i) {
+        const int h = i / 2 % 2;
+        gradient[h] += gradients[i];
+        if (weights[i] != 0.f) {
+          gradients[i] *= modifier.slope(weights[i], i % 2 == 0 ? of_queries.x : of_queries.y, bias_log2[h]);
+        }
+      }
+    }
+  }
+};
 
 }  // namespace fastattn::sm90

@@ -22,7 +22,7 @@ namespace fastattn::sm90 {
 
 template <class Variant, Config kConfig_>
 struct QueryGradientKernel {
-  static constexpr bool kSumsQueries = false;
+  static constexpr bool kSumsQueries = false, kSumsBias = Variant::Score::kBiasGradient;
   static constexpr Config kConfig = kConfig_;
   static constexpr TileShape kTile = kConfig.tile;
   static constexpr int kHeadDim = kConfig.head_dim;
@@ -30,6 +30,8 @@ struct QueryGradientKernel {
   static constexpr int kStages = kConfig.stages, kValueStages = kHeadDim > 128 ? 1 : kStages;
   static constexpr int kWarpgroups = kConfig.warpgroups;
   static_assert(kTile.q == kWarpgroups * kWarpgroupRows);
+
+  static constexpr bool kModified = Variant::Modifier::kExists;
 
   using Element = typename Variant::Element;
   using Score = typename Variant::Score;
@@ -128,9 +130,20 @@ struct QueryGradientKernel {
       }
     }
     float dq[kHeadDim / 2] = {};
-    std::uint32_t seen = 0;  // bit h: does this thread's row h keep a score?
+    [[maybe_unused]] float dbias[2] = {};  // this thread's share of its rows'
+    std::uint32_t seen = 0;                // bit h: does this thread's row h keep a score?
     RingPosition<kStages> k_at;
     RingPosition<kValueStages> v_at;
+
+    // The term of the key in whose column register i of the scores is.
+    const auto bias_of = [&](int k_tile, int i) {
+      if constexpr (kModified) {
+        const int key = min_of(k_tile * kTile.k + at.column(i / 4) + i % 2, params.num_keys - 1);
+        return params.modifier.bias_log2(work.batch, work.head, key);
+      } else {
+        return 0.f;
+      }
+    };
 
     const auto step = [&](int k_tile, auto coverage, std::uint16_t cells) {
       float scores[kTile.k / 2], dscores[kTile.k / 2];
@@ -161,7 +174,7 @@ struct QueryGradientKernel {
       apply_to_scores<decltype(score.weight(0.f))>([&](auto&& step) {
 #pragma unroll
         for (int i = 0; i < kTile.k / 2; ++i) {
-          scores[i] = step(score.weight(lse2[i / 2 % 2]), scores[i]);
+          scores[i] = step(score.weight(lse2[i / 2 % 2]), params.modifier(scores[i], bias_of(k_tile, i)));
         }
       });
       if constexpr (kPartial) {
@@ -175,8 +188,19 @@ struct QueryGradientKernel {
 #pragma unroll
       for (int i = 0; i < kTile.k / 2; ++i) {
         dscores[i] = score.score_gradient(scores[i], dscores[i], delta[i / 2 % 2]);
-        if constexpr (kPartial) {  // 0 · ∞ is not 0
+        if constexpr (kPartial || kModified) {  // 0 · ∞ is not 0
           dscores[i] = scores[i] == 0.f ? 0.f : dscores[i];
+        }
+        if constexpr (kModified) {
+          if (scores[i] != 0.f) {
+            dscores[i] *= params.modifier.slope(scores[i], lse2[i / 2 % 2], bias_of(k_tile, i));
+          }
+        }
+      }
+      if constexpr (Score::kBiasGradient) {
+#pragma unroll
+        for (int i = 0; i < kTile.k / 2; ++i) {
+          dbias[i / 2 % 2] += dscores[i];
         }
       }
       pack<Element>(dscores, operand);
@@ -198,6 +222,18 @@ struct QueryGradientKernel {
       for_each_tile(run, step);
     } while (!run.last);
 
+    if constexpr (Score::kBiasGradient) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const float sum = sum_over_row(dbias[h]);
+        if (at.first_column == 0) {
+          params.workspace.delta[first_slot + at.row(h)] = sum;
+        }
+      }
+    }
+    if (params.dq.data == nullptr) {
+      return;
+    }
     // A row that sees nothing has 0: its sums are of 0 times keys, which may be NaN.
     seen |= __shfl_xor_sync(0xffffffffu, seen, 1);
     seen |= __shfl_xor_sync(0xffffffffu, seen, 2);

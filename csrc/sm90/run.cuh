@@ -37,20 +37,24 @@ struct BackwardProblem {
   const float *lse = nullptr, *dlse = nullptr;
   typename Variant::Schedule schedule;
   typename Variant::Score score;
+  typename Variant::Modifier modifier = {};
   float scale;
-  float* dbias = nullptr;
+  float *dbias = nullptr, *dkey_bias = nullptr;
   bool deterministic = false;
   void* workspace;
 };
 
-// The tiles of the backward's kernel for all gradients at once, by head_dim.
+// The tiles of the backward's kernels, by head_dim: of all gradients at once, of dK and dV, and of dQ.
 struct GradientTiles {
   static constexpr Config kGradients[] = {{.head_dim = 64, .tile = {128, 128}, .stages = 2, .warpgroups = 2},
                                           {.head_dim = 128, .tile = {64, 128}, .stages = 2, .warpgroups = 2}};
+  static constexpr const auto& kKeyGradients = kGradients;
+  static constexpr Config kQueryGradients[] = {{.head_dim = 64, .tile = {128, 128}, .stages = 2, .warpgroups = 2},
+                                               {.head_dim = 128, .tile = {128, 128}, .stages = 2, .warpgroups = 2}};
 };
 
-// Those, and the ones of the kernels for dK and dV and for dQ.
-struct SeparateGradientTiles : GradientTiles {
+// The same for rows of up to 256 elements.
+struct WideGradientTiles : GradientTiles {
   static constexpr Config kKeyGradients[] = {{.head_dim = 64, .tile = {128, 128}, .stages = 2, .warpgroups = 2},
                                              {.head_dim = 128, .tile = {64, 128}, .stages = 2, .warpgroups = 2},
                                              {.head_dim = 256, .tile = {64, 64}, .stages = 2, .warpgroups = 2}};
@@ -59,8 +63,15 @@ struct SeparateGradientTiles : GradientTiles {
                                                {.head_dim = 256, .tile = {128, 64}, .stages = 2, .warpgroups = 2}};
 };
 
-template <class Variant>
-concept HasSeparateGradients = requires { Variant::kQueryGradients; };
+// Those of scores and masks that take registers, in two kernels always.
+struct NarrowGradientTiles {
+  static constexpr Config kKeyGradients[] = {{.head_dim = 64, .tile = {64, 128}, .stages = 2, .warpgroups = 2},
+                                             {.head_dim = 128, .tile = {64, 128}, .stages = 2, .warpgroups = 2},
+                                             {.head_dim = 256, .tile = {64, 64}, .stages = 2, .warpgroups = 2}};
+  static constexpr Config kQueryGradients[] = {{.head_dim = 64, .tile = {128, 64}, .stages = 2, .warpgroups = 2},
+                                               {.head_dim = 128, .tile = {128, 64}, .stages = 2, .warpgroups = 2},
+                                               {.head_dim = 256, .tile = {128, 32}, .stages = 2, .warpgroups = 2}};
+};
 
 // What only the GPU restricts; for a problem that is valid.
 inline Status check_gpu(const char* op, DType dtype) {
@@ -137,10 +148,11 @@ template <class Kernel, class Schedules>
 std::size_t plan_workspace(const TensorView& q, const Schedules& schedules, void* base, BackwardWorkspace& workspace) {
   const std::int64_t rows = q.batch() * q.heads() * num_q_tiles(schedules, Kernel::kTile) * Kernel::kTile.q;
   const std::int64_t sums = Kernel::kSumsQueries ? rows * Kernel::kHeadDim : 0;
-  const std::int64_t statistics = Kernel::Score::kRowStatistics ? rows : 0;
+  const std::int64_t lse2 = Kernel::Score::kRowStatistics ? rows : 0;
+  const std::int64_t delta = Kernel::Score::kRowStatistics || Kernel::kSumsBias ? rows : 0;
   float* const floats = static_cast<float*>(base);
-  workspace = {floats + sums, floats + sums + statistics, Kernel::kSumsQueries ? floats : nullptr};
-  return (sums + 2 * statistics) * sizeof(float);
+  workspace = {floats + sums, floats + sums + lse2, Kernel::kSumsQueries ? floats : nullptr};
+  return (sums + lse2 + delta) * sizeof(float);
 }
 
 // lse2, delta and zeros where sums of dQ will be.
@@ -174,7 +186,10 @@ Status launch_gradients(const BackwardProblem<Variant>& problem, Stream stream) 
   params.schedule = problem.schedule;
   params.score = problem.score;
   params.scale = problem.scale;
+  params.modifier = problem.modifier;
   params.dbias = problem.dbias;
+  params.dkey_bias = problem.dkey_bias;
+  params.num_keys = static_cast<int>(problem.k.seq());
   params.q_tiles = num_q_tiles(problem.schedule, kTile);
   params.heads = static_cast<int>(problem.q.heads());
   params.heads_per_kv_head = heads_per_kv_head(problem.q, problem.k);
@@ -194,12 +209,22 @@ Status launch_gradients(const BackwardProblem<Variant>& problem, Stream stream) 
   if (status.ok() && Kernel::kSumsQueries && problem.dbias != nullptr) {
     status = clear(problem.dbias, params.heads * sizeof(float), stream);
   }
+  if (kOwnsKeys && status.ok() && problem.dkey_bias != nullptr) {
+    status = clear(problem.dkey_bias, problem.q.batch() * params.heads * problem.k.seq() * sizeof(float), stream);
+  }
   if (status.ok()) {
     status = launch(gradient_kernel<Kernel>, heads * tiles, (Kernel::kWarpgroups + 1) * kWarpgroupThreads,
                     sizeof(typename Kernel::Shared), stream, params);
   }
+  if constexpr (Kernel::kSumsBias) {
+    if (status.ok() && problem.dbias != nullptr) {
+      const BiasParams bias{problem.dbias, params.workspace.delta, static_cast<int>(problem.q.batch()), params.heads,
+                            params.q_tiles * kTile.q};
+      status = launch(sum_bias_kernel<kHelperThreads>, params.heads, kHelperThreads, 0, stream, bias);
+    }
+  }
   if constexpr (Kernel::kSumsQueries) {
-    if (status.ok() && problem.dq.data != nullptr) {
+    if (status.ok()) {
       const FinishParams<Schedules> finish{problem.dq, params.workspace, problem.schedule, problem.scale,
                                            params.q_tiles};
       status = launch(finish_kernel<typename Kernel::Element, Kernel, Schedules>,
@@ -238,76 +263,91 @@ constexpr int max_head_dim() {
   return kConfigs[std::size(kConfigs) - 1].head_dim;
 }
 
-// Does one kernel compute all that is wanted of `problem`, an op's? Not in one order of summation. Where there are no
-// others, it computes what is not wanted too.
+// The width of tiles that hold rows of queries, keys and values.
+inline std::int64_t row_width(const TensorView& q, const TensorView& v) { return max_of(q.head_dim(), v.head_dim()); }
+
+// Does one kernel compute all that is wanted of `problem`, an op's? Not in one order of summation.
 template <class Variant, class Problem>
-bool is_for_one_kernel(const Problem& problem, std::int64_t head_dim) {
-  if constexpr (HasSeparateGradients<Variant>) {
+bool is_for_one_kernel(const Problem& problem, std::int64_t width) {
+  if constexpr (requires { Variant::kGradients; }) {
     return !problem.deterministic && problem.dq.data != nullptr && problem.dk.data != nullptr &&
-           problem.dv.data != nullptr && head_dim <= max_head_dim<Variant::kGradients>();
+           problem.dv.data != nullptr && width <= max_head_dim<Variant::kGradients>();
   } else {
-    return true;
+    return false;
   }
 }
 
 template <class Variant>
 Status run_query_gradients(const char* op, const BackwardProblem<Variant>& problem, Stream stream) {
-  return dispatch<Variant::kQueryGradients>(op, problem.q.head_dim(), [&]<int kIndex>() {
+  return dispatch<Variant::kQueryGradients>(op, row_width(problem.q, problem.v), [&]<int kIndex>() {
     return launch_gradients<QueryGradientsKernel<Variant, kIndex>, false>(problem, stream);
   });
 }
 
 template <class Variant>
 Status run_key_gradients(const char* op, const BackwardProblem<Variant>& problem, Stream stream) {
-  return dispatch<Variant::kKeyGradients>(op, problem.q.head_dim(), [&]<int kIndex>() {
+  return dispatch<Variant::kKeyGradients>(op, row_width(problem.q, problem.v), [&]<int kIndex>() {
     return launch_gradients<KeyGradientsKernel<Variant, kIndex>, true>(problem, stream);
   });
 }
 
-template <class Variant>
-Status run_backward(const char* op, const BackwardProblem<Variant>& problem, Stream stream) {
-  const std::int64_t head_dim = problem.q.head_dim();
-  if (is_for_one_kernel<Variant>(problem, head_dim)) {
-    if (problem.deterministic) {
-      return failure("%s: deterministic gradients are not available on the GPU yet", op);
+// `of_queries` is the same problem with the schedule for query tiles, where another tiling of a grid suits these.
+template <class Variant, class OfQueries = Variant>
+Status run_backward(const char* op, const BackwardProblem<Variant>& problem,
+                    const BackwardProblem<OfQueries>& of_queries, Stream stream) {
+  if constexpr (requires { Variant::kGradients; }) {
+    if (const std::int64_t width = row_width(problem.q, problem.v); is_for_one_kernel<Variant>(problem, width)) {
+      return dispatch<Variant::kGradients>(op, width, [&]<int kIndex>() {
+        return launch_gradients<AllGradientsKernel<Variant, kIndex>, true>(problem, stream);
+      });
     }
-    return dispatch<Variant::kGradients>(op, head_dim, [&]<int kIndex>() {
-      return launch_gradients<AllGradientsKernel<Variant, kIndex>, true>(problem, stream);
-    });
   }
   Status status;
-  if constexpr (HasSeparateGradients<Variant>) {
-    if (problem.dq.data != nullptr) {
-      status = run_query_gradients(op, problem, stream);
-    }
-    if (status.ok() && (problem.dk.data != nullptr || problem.dv.data != nullptr)) {
-      status = run_key_gradients(op, problem, stream);
-    }
+  if (problem.dq.data != nullptr || problem.dbias != nullptr) {
+    status = run_query_gradients(op, of_queries, stream);
+  }
+  if (status.ok() && (problem.dk.data != nullptr || problem.dv.data != nullptr || problem.dkey_bias != nullptr)) {
+    status = run_key_gradients(op, problem, stream);
   }
   return status;
 }
 
-// Bytes of workspace for `problem`, an op's; 0 if there is no kernel for it.
-template <class Variant, class Problem>
-std::size_t backward_workspace(const Problem& problem, const typename Variant::Schedule& schedule) {
-  const TensorView& q = problem.forward.q;
-  const std::int64_t head_dim = q.head_dim();
+template <class Variant>
+Status run_backward(const char* op, const BackwardProblem<Variant>& problem, Stream stream) {
+  return run_backward(op, problem, problem, stream);
+}
+
+// Bytes of workspace for `problem`, an op's; 0 if there is no kernel for it. The schedules are those of run_backward.
+template <class Variant, class OfQueries = Variant, class Problem>
+std::size_t backward_workspace(const Problem& problem, const typename Variant::Schedule& schedule,
+                               const typename OfQueries::Schedule& of_queries) {
+  const TensorView& q = forward_of(problem).q;
+  const std::int64_t width = row_width(q, forward_of(problem).v);
   std::size_t bytes = 0;
-  const auto plan = [&]<class Kernel>() {
+  const auto plan = [&]<class Kernel>(const auto& schedule) {
     BackwardWorkspace workspace;
     bytes = max_of(bytes, plan_workspace<Kernel>(q, schedule, nullptr, workspace));
     return Status{};
   };
-  if (is_for_one_kernel<Variant>(problem, head_dim)) {
-    dispatch<Variant::kGradients>(
-        "", head_dim, [&]<int kIndex>() { return plan.template operator()<AllGradientsKernel<Variant, kIndex>>(); });
-  } else if constexpr (HasSeparateGradients<Variant>) {
-    dispatch<Variant::kQueryGradients>(
-        "", head_dim, [&]<int kIndex>() { return plan.template operator()<QueryGradientsKernel<Variant, kIndex>>(); });
-    dispatch<Variant::kKeyGradients>(
-        "", head_dim, [&]<int kIndex>() { return plan.template operator()<KeyGradientsKernel<Variant, kIndex>>(); });
+  if constexpr (requires { Variant::kGradients; }) {
+    if (is_for_one_kernel<Variant>(problem, width)) {
+      dispatch<Variant::kGradients>("", width, [&]<int kIndex>() {
+        return plan.template operator()<AllGradientsKernel<Variant, kIndex>>(schedule);
+      });
+      return bytes;
+    }
   }
+  dispatch<OfQueries::kQueryGradients>("", width, [&]<int kIndex>() {
+    return plan.template operator()<QueryGradientsKernel<OfQueries, kIndex>>(of_queries);
+  });
+  dispatch<Variant::kKeyGradients>(
+      "", width, [&]<int kIndex>() { return plan.template operator()<KeyGradientsKernel<Variant, kIndex>>(schedule); });
   return bytes;
+}
+
+template <class Variant, class Problem>
+std::size_t backward_workspace(const Problem& problem, const typename Variant::Schedule& schedule) {
+  return backward_workspace<Variant>(problem, schedule, schedule);
 }
 
 // Calls run.operator()<Element>() for a 16-bit element type.

@@ -25,7 +25,7 @@ namespace fastattn::sm90 {
 
 template <class Variant, Config kConfig_>
 struct WideKeyGradientKernel {
-  static constexpr bool kSumsQueries = false;
+  static constexpr bool kSumsQueries = false, kSumsBias = false;
   static constexpr Config kConfig = kConfig_;
   static constexpr TileShape kTile = kConfig.tile;
   static constexpr TileShape kTransposed = {kTile.k, kTile.q};
@@ -33,6 +33,8 @@ struct WideKeyGradientKernel {
   static constexpr int kStages = kConfig.stages;
   static constexpr int kWarpgroups = kConfig.warpgroups;
   static_assert(kTile.k == kWarpgroupRows && kWarpgroups == 2);
+
+  static constexpr bool kModified = Variant::Modifier::kExists;
 
   using Element = typename Variant::Element;
   using Score = typename Variant::Score;
@@ -86,7 +88,17 @@ struct WideKeyGradientKernel {
     const AccumulatorThread at(thread);
     float dv[kHeadDim / 2] = {};
     Score score = params.score;
-    const auto begin = [&](const Announcement& run) { score = params.score.at(run.head); };
+    KeyBiasRows rows;
+    int head = -1;
+    const auto begin = [&](const Announcement& run) {
+      score = params.score.at(run.head);
+      if constexpr (kModified) {
+        if (run.head != head) {
+          head = run.head;
+          rows.begin(params, work, head, work.k_tile * kTile.k, at);
+        }
+      }
+    };
     const auto step = [&](int q_tile, auto coverage, std::uint16_t cells, const Announcement& run, Position position) {
       const int stage = position.stage;
       float scores[kTile.q / 2];
@@ -110,7 +122,8 @@ struct WideKeyGradientKernel {
           const float2 lse2 = row_statistics<Score>(shared.lse2[stage], at.column(j));
 #pragma unroll
           for (int i = 4 * j; i < 4 * j + 4; ++i) {
-            scores[i] = step(score.weight(i % 2 == 0 ? lse2.x : lse2.y), scores[i]);
+            scores[i] =
+                step(score.weight(i % 2 == 0 ? lse2.x : lse2.y), params.modifier(scores[i], rows.bias_log2[i / 2 % 2]));
           }
         }
       });
@@ -146,7 +159,14 @@ struct WideKeyGradientKernel {
     const AccumulatorThread at(thread);
     float dk[kHeadDim / 2] = {};
     Score score = params.score;
-    const auto begin = [&](const Announcement& run) { score = params.score.at(run.head); };
+    KeyBiasRows rows;
+    int head = -1;
+    const auto begin = [&](const Announcement& run) {
+      score = params.score.at(run.head);
+      if constexpr (kModified) {
+        rows.move_to(run, head, params, work, work.k_tile * kTile.k, at);
+      }
+    };
     const auto step = [&](int, auto coverage, std::uint16_t, const Announcement&, Position position) {
       const int stage = position.stage;
       float dscores[kTile.q / 2], weights[kTile.q / 2];
@@ -166,10 +186,14 @@ struct WideKeyGradientKernel {
 #pragma unroll
         for (int i = 4 * j; i < 4 * j + 4; ++i) {
           dscores[i] = score.score_gradient(weights[i], dscores[i], i % 2 == 0 ? delta.x : delta.y);
-          if constexpr (coverage() == Coverage::kPartial) {  // 0 · ∞ is not 0
+          if constexpr (coverage() == Coverage::kPartial || kModified) {  // 0 · ∞ is not 0
             dscores[i] = weights[i] == 0.f ? 0.f : dscores[i];
           }
         }
+      }
+      if constexpr (kModified) {
+        shared.q_ring.wait(position);
+        rows.modify(params.modifier, shared.lse2[stage], at, weights, dscores);
       }
       cutlass::arch::NamedBarrier::arrive(kThreads, kWeightsEmpty);
       shared.dout_ring.release(position);
@@ -187,6 +211,9 @@ struct WideKeyGradientKernel {
     };
     cutlass::arch::NamedBarrier::arrive(kThreads, kWeightsEmpty);
     for_each_query_tile(shared, begin, step);
+    if constexpr (kModified) {
+      rows.end(params, work, head, work.k_tile * kTile.k, at);
+    }
     store_key_gradient<Element>(params, work, params.dk, dk, params.scale, shared.v, 0, 2);
   }
 };
