@@ -2,13 +2,14 @@
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 import fastattn
-from cases import Case
+from cases import Case, relative_error
 from fastattn import BlockList
 
 GRIDS = {"cpu": (10, 20), "cuda": (40, 50)}
@@ -40,9 +41,9 @@ attention = partial(fastattn.attention, deterministic=True)
 OPS: dict[str, tuple[Callable[..., Tensor], tuple[int, ...]]] = {
     "attention": (attention, (64, 128, 256)),
     "causal": (partial(attention, causal=True), (64, 128, 256)),
-    "sparse": (sparse, (64, 128)),
-    "neighborhood": (neighborhood, (64, 128)),
-    "sigmoid": (sigmoid, (64, 128)),
+    "block_sparse_attention": (sparse, (64, 128)),
+    "neighborhood_attention": (neighborhood, (64, 128)),
+    "sigmoid_attention": (sigmoid, (64, 128)),
 }
 
 
@@ -60,7 +61,7 @@ def test_every_run_gives_the_same_bits(op: str, head_dim: int, device: str, dtyp
     rows, columns = GRIDS[device]
     case = Case(rows * columns, rows * columns, heads=16, kv_heads=4, head_dim=head_dim)
     inputs = [*case.inputs(device, dtype)]
-    if op == "sigmoid":
+    if op == "sigmoid_attention":
         inputs.append(torch.randn(case.heads, device=device))  # its bias, whose gradient is a sum over a head's scores
     inputs = [x.requires_grad_() for x in inputs]
     dout, _ = case.cotangents(device, dtype)
@@ -73,3 +74,25 @@ def test_every_run_gives_the_same_bits(op: str, head_dim: int, device: str, dtyp
     for repeat in range(repeats):
         disturb(device, repeat)
         assert all(map(torch.equal, results(), first)), f"run {repeat}"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("options", [{}, {"causal": True}, {"window": (100, 30)}, {"window": "of heads"}], ids=str)
+def test_key_tiles_take_turns(options: dict[str, Any], head_dim: int, repeats: int) -> None:
+    """So many of them that they do: every run gives the same bits, and but for rounding what any order gives."""
+    case = Case(500, 460, batch=32, heads=32, kv_heads=16, head_dim=head_dim)
+    if options.get("window") == "of heads":
+        options = {"window": (torch.arange(0, 320, 10, dtype=torch.int32, device="cuda"), 30)}
+    inputs = [x.requires_grad_() for x in case.inputs("cuda", torch.bfloat16)]
+    dout, _ = case.cotangents("cuda", torch.bfloat16)
+
+    def gradients(deterministic: bool) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(fastattn.attention(*inputs, **options, deterministic=deterministic), inputs, dout)
+
+    first = gradients(True)
+    for gradient, other in zip(first, gradients(False), strict=True):
+        assert relative_error(gradient, other) <= 2**-8
+    for repeat in range(repeats):
+        disturb("cuda", repeat)
+        assert all(map(torch.equal, gradients(True), first)), f"run {repeat}"

@@ -78,6 +78,8 @@ def inputs_of(name: str, device: str, dtype: torch.dtype) -> tuple[Any, dict[str
 
 @each_op
 def test_what_is_wanted_is_what_it_is_beside_others(name: str, device, dtype) -> None:
+    """Bit by bit; but on a GPU attention's dq by itself is another kernel's, which adds in another order."""
+    rounding = 2**-8 if device == "cuda" and name == "attention" else 0.0
     function, inputs, cotangents = inputs_of(name, device, dtype)
     together = gradients(partial(function, deterministic=True), inputs, cotangents)
     for chosen in product([False, True], repeat=len(inputs)):
@@ -88,7 +90,10 @@ def test_what_is_wanted_is_what_it_is_beside_others(name: str, device, dtype) ->
         leaves = {x: inputs[x] for x in wanted}
         alone = gradients(partial(function, **constant, deterministic=True), leaves, cotangents)
         for x in wanted:
-            assert torch.equal(alone[x], together[x]), (x, wanted)
+            if x == "q" and rounding > 0:
+                assert relative_error(alone[x], together[x]) <= rounding, wanted
+            else:
+                assert torch.equal(alone[x], together[x]), (x, wanted)
 
 
 @each_op

@@ -33,6 +33,7 @@ struct BackwardWorkspace {
   float* lse2;   // [batch, heads, query slots]: base-2 log-sum-exp, +∞ where a row keeps nothing or does not exist
   float* delta;  // likewise: Σ(out · dout) − dlse, or the row's share of the gradient of a score's bias
   float* dq;     // [batch, heads, query tiles, warpgroups, 8, 128, 4]: 64 × 64 pieces in register order; null: no sums
+  int* turns;    // [batch, heads, query tiles]: how many key tiles have added to a query tile; null: not in turns
 };
 
 template <class Variant>
@@ -48,7 +49,7 @@ struct BackwardParams {
   float* dkey_bias;  // [batch, heads, num_keys], for biases of keys; may be null
   int num_keys;      // of the tensors
   BackwardWorkspace workspace;
-  int heads, heads_per_kv_head;
+  int heads, kv_heads, heads_per_kv_head;
   int q_tiles;      // of a head
   WorkOrder order;  // of the tiles that thread blocks own
 };

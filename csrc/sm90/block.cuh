@@ -9,12 +9,12 @@
 
 namespace fastattn::sm90 {
 
-// The first warp of the first warpgroup produces: produce(). The others
+// The first warp of the first warpgroup produces: produce(). Its second warp may assist(). The other warpgroups
 // consume: consume(warpgroup), numbered from 0, with the registers that the
 // first one has no use for. Before, one thread makes the barriers in shared
 // memory: init().
-template <Config kConfig, class Init, class Produce, class Consume>
-__device__ void divide_block(Init&& init, Produce&& produce, Consume&& consume) {
+template <Config kConfig, class Init, class Produce, class Consume, class Assist>
+__device__ void divide_block(Init&& init, Produce&& produce, Consume&& consume, Assist&& assist) {
   if (threadIdx.x == 0) {
     init();
     cutlass::arch::fence_barrier_init();
@@ -26,8 +26,11 @@ __device__ void divide_block(Init&& init, Produce&& produce, Consume&& consume) 
     if constexpr (kConfig.shares_registers()) {
       cutlass::arch::warpgroup_reg_dealloc<kConfig.producer_registers()>();
     }
-    if (__shfl_sync(0xffffffffu, threadIdx.x / 32, 0) == 0) {
+    const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
+    if (warp == 0) {
       produce();
+    } else if (warp == 1) {
+      assist();
     }
   } else {
     if constexpr (kConfig.shares_registers()) {
@@ -35,6 +38,10 @@ __device__ void divide_block(Init&& init, Produce&& produce, Consume&& consume) 
     }
     consume(warpgroup - 1);
   }
+}
+template <Config kConfig, class Init, class Produce, class Consume>
+__device__ void divide_block(Init&& init, Produce&& produce, Consume&& consume) {
+  divide_block<kConfig>(init, produce, consume, [] {});
 }
 
 }  // namespace fastattn::sm90

@@ -7,10 +7,16 @@
 // S and dP are computed transposed because P and dS then lie in registers as the next products want them; only dS also
 // goes through shared memory, for dQ (FlashAttention-3, arXiv 2407.08608). dQ is summed over key tiles in fp32 in
 // global memory, in the order of the accumulator's registers, so that every reduction is a coalesced 16-byte one.
+//
+// dQ is that of the tile before: its dS is there, so that the product runs while this tile's P
+// and dS are computed, and no warpgroup waits for another. Its reductions come after the fence that publishes this
+// tile's dS, for a fence waits for those under way: before it they cost a fifth of the time, after dK 4 %
+// (attention.md).
 #pragma once
 
 #include <cstdint>
 #include <type_traits>
+#include <utility>
 
 #include "fastattn/schedule/schedule.hpp"
 #include "sm90/accumulator.cuh"
@@ -23,10 +29,10 @@
 
 namespace fastattn::sm90 {
 
-// kSumsQueries: with dQ.
-template <class Variant, Config kConfig_, bool kSumsQueries_>
+template <class Variant, Config kConfig_, QuerySums kQuerySums>
 struct KeyGradientKernel {
-  static constexpr bool kSumsQueries = kSumsQueries_, kSumsBias = false;
+  static constexpr bool kSumsQueries = kQuerySums != QuerySums::kNone, kSumsBias = false;
+  static constexpr bool kInTurns = kQuerySums == QuerySums::kInTurns;
   static constexpr Config kConfig = kConfig_;
   static constexpr TileShape kTile = kConfig.tile;
   static constexpr TileShape kTransposed = {kTile.k, kTile.q};
@@ -43,6 +49,9 @@ struct KeyGradientKernel {
 
   using Element = typename Variant::Element;
   using Score = typename Variant::Score;
+  // Is dQ that of the tile before? A score whose bias has a gradient leaves too few registers: its products would be
+  // serialised.
+  static constexpr bool kTileBehind = kSumsQueries && !Score::kBiasGradient;
   using Params = BackwardParams<Variant>;
   using Position = RingPosition<kStages>;
   using KeyTile = SharedTile<Element, kTile.k, kHeadDim>;
@@ -52,11 +61,24 @@ struct KeyGradientKernel {
   struct Shared {
     KeyTile k, v;  // at the end: dK, dV
     QueryTile q[kStages], dout[kStages];
-    std::conditional_t<kSumsQueries, ScoreTile, Nothing> dscores[kStages];  // two: a barrier an iteration is enough
+    // Of this tile, of the one before, and of one more, which a warpgroup that is a tile behind may still read.
+    std::conditional_t<kSumsQueries, ScoreTile, Nothing> dscores[2 * kStages];
     alignas(16) float lse2[kStages][kTile.q], delta[kStages][kTile.q];
-    Barrier kv_full;
+    int sums[2 * kStages];  // which of all query tiles the tile in a slot is; −1: none
+    Barrier kv_full, dscores_full[kStages];
+    Turns<kStages> turns;
     Ring<kStages, Announcement> q_ring;  // with lse2
     Ring<kStages> dout_ring;             // with delta
+
+    __device__ void init_sums() {
+      for (int& tile : sums) {
+        tile = -1;
+      }
+      for (Barrier& full : dscores_full) {
+        full.init(kWarpgroups * kWarpgroupWarps * kReleasingLanes);
+      }
+      turns.init(kWarpgroups);
+    }
   };
 
   static __device__ void run(const Params& params) {
@@ -79,7 +101,6 @@ struct KeyGradientKernel {
     Announcement run{};
     Score score = params.score;
     [[maybe_unused]] const int first_slot = work.k_tile * kTile.k + shared_row;
-    [[maybe_unused]] const int tiles_before = first_q_tile(params.schedule, work.sequence, kTile);
     KeyBiasRows rows;
     const auto step = [&](int q_tile, auto coverage, std::uint16_t cells) {
       const int stage = position.stage;
@@ -119,7 +140,6 @@ struct KeyGradientKernel {
       if constexpr (kPartial) {
         kept.apply(scores, 0.f);
       }
-      pack<Element>(scores, weights_operand);
 
       wgmma::wait<0>();
       wgmma::pin(dscores);
@@ -150,24 +170,32 @@ struct KeyGradientKernel {
           add_bias_gradient(params.dbias + run.head, share);
         }
       }
+      pack<Element>(scores, weights_operand);
       pack<Element>(dscores, dscores_operand);
 
+      [[maybe_unused]] float dq[kPiece / 2];
+      if constexpr (kTileBehind) {
+        multiply_keys(shared, position.before(), piece_row, piece_column, dq);
+      }
       wgmma::pin(dv);
       wgmma::pin(weights_operand);
       wgmma::fence();
       wgmma::multiply<Element, Element>(weights_operand, shared.dout[stage].mn_major(), dv, true);
       wgmma::commit();
-
-      [[maybe_unused]] float dq[kPiece / 2];
       if constexpr (kSumsQueries) {
-        store_packed(dscores_operand, shared.dscores[stage], shared_row, thread);
+        store_packed(dscores_operand, shared.dscores[position.slot()], shared_row, thread);
         publish_shared();
-        cutlass::arch::NamedBarrier::sync(kConsumers, 0);
-        wgmma::pin(dq);
-        wgmma::fence();
-        wgmma::multiply<Element, kTile.k>(shared.dscores[stage].mn_major(piece_row), shared.k.mn_major(piece_column),
-                                          dq, false);
-        wgmma::commit();
+        __syncwarp();
+        if (thread % 32 < kReleasingLanes) {
+          shared.dscores_full[stage].arrive();
+        }
+        if constexpr (kTileBehind) {
+          wgmma::wait<1>();
+          wgmma::pin(dq);
+          add_piece(params, shared, position.before(), warpgroup, thread, dq);
+        } else {
+          multiply_keys(shared, position, piece_row, piece_column, dq);
+        }
       }
       wgmma::pin(dk);
       wgmma::pin(dscores_operand);
@@ -179,10 +207,9 @@ struct KeyGradientKernel {
       wgmma::pin(dv);
       wgmma::pin(weights_operand);
       shared.dout_ring.release(position);
-      if constexpr (kSumsQueries) {
+      if constexpr (kSumsQueries && !kTileBehind) {
         wgmma::pin(dq);
-        const int tile = (work.batch * params.heads + run.head) * params.q_tiles + tiles_before + q_tile;
-        add_piece(params.workspace.dq + (std::int64_t{tile} * kWarpgroups + warpgroup) * (kPiece * kPiece), thread, dq);
+        add_piece(params, shared, position, warpgroup, thread, dq);
       }
 
       wgmma::wait<0>();
@@ -204,7 +231,15 @@ struct KeyGradientKernel {
       rows.end(params, work, head, first_slot, at);
     }
 
-    // Epilogue: dK and dV take the place of K and V, once no warpgroup reads them any more.
+    // Epilogue: dQ of the last tile; then dK and dV take the place of K and V, once no warpgroup reads them any more.
+    if constexpr (kTileBehind) {
+      float dq[kPiece / 2];
+      const Position last = position.before();
+      multiply_keys(shared, last, piece_row, piece_column, dq);
+      wgmma::wait<0>();
+      wgmma::pin(dq);
+      add_piece(params, shared, last, warpgroup, thread, dq);
+    }
     if constexpr (kSumsQueries) {
       cutlass::arch::NamedBarrier::sync(kConsumers, 0);
     }
@@ -212,15 +247,42 @@ struct KeyGradientKernel {
     store_key_gradient<Element>(params, work, params.dv, dv, 1.f, shared.v, shared_row, 1 + warpgroup);
   }
 
-  // Adds a 64 × 64 accumulator to its place in global memory: four registers of a thread at a time.
-  static __device__ void add_piece(float* piece, int thread, const float (&value)[kPiece / 2]) {
-#pragma unroll
-    for (int j = 0; j < kPiece / 8; ++j) {
-      float* address = piece + (j * kWarpgroupThreads + thread) * 4;
-      asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(address), "f"(value[4 * j]),
-                   "f"(value[4 * j + 1]), "f"(value[4 * j + 2]), "f"(value[4 * j + 3])
-                   : "memory");
+  // Begins a piece of dQ = dS K of the tile at `at`, once all warpgroups have written its dS. Before the first tile
+  // this is a product of whatever lies there, which nothing adds.
+  static __device__ void multiply_keys(Shared& shared, Position at, int piece_row, int piece_column,
+                                       float (&dq)[kPiece / 2]) {
+    wait_for(shared.dscores_full[at.stage], at.parity);
+    wgmma::pin(dq);
+    wgmma::fence();
+    wgmma::multiply<Element, kTile.k>(shared.dscores[at.slot()].mn_major(piece_row), shared.k.mn_major(piece_column),
+                                      dq, false);
+    wgmma::commit();
+  }
+
+  // Adds a 64 × 64 accumulator to its place in global memory, if there is one: four registers of a thread at a time.
+  static __device__ void add_piece(const Params& params, Shared& shared, Position at, int warpgroup, int thread,
+                                   const float (&value)[kPiece / 2]) {
+    const int tile = shared.sums[at.slot()];
+    if (tile < 0) {
+      return;
     }
+    if constexpr (kInTurns) {
+      shared.turns.wait(at);
+    }
+    float* const piece =
+        params.workspace.dq + (std::int64_t{tile} * kWarpgroups + warpgroup) * (kPiece * kPiece) + thread * 4;
+    [&]<int... j>(std::integer_sequence<int, j...>) {
+      (add_four<j * kWarpgroupThreads * 4>(piece, &value[4 * j]), ...);
+    }(std::make_integer_sequence<int, kPiece / 8>{});
+    if constexpr (kInTurns) {
+      shared.turns.pass(at);
+    }
+  }
+  template <int kOffset>
+  static __device__ void add_four(float* to, const float* value) {
+    asm volatile("red.global.add.v4.f32 [%0 + %1], {%2, %3, %4, %5};" ::"l"(to), "n"(kOffset * sizeof(float)),
+                 "f"(value[0]), "f"(value[1]), "f"(value[2]), "f"(value[3])
+                 : "memory");
   }
 };
 

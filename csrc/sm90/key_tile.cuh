@@ -19,17 +19,85 @@ struct KeyTileWork {
   bool exists;
 
   template <class Params>
-  __device__ KeyTileWork(const Params& params, TileShape tile) {
+  __device__ KeyTileWork(const Params& params, TileShape tile, bool last_first) {
     const WorkOrder::Place place = params.order.at(static_cast<int>(blockIdx.x));
-    const int kv_heads = params.heads / params.heads_per_kv_head;
-    const SequenceKeyTile at = sequence_key_tile(params.schedule, place.head / kv_heads, place.rank, tile);
+    const int rank = last_first ? params.order.tiles - 1 - place.rank : place.rank;
+    const SequenceKeyTile at = sequence_key_tile(params.schedule, place.head / params.kv_heads, rank, tile);
     k_tile = at.k_tile;
-    kv_head = place.head % kv_heads;
+    kv_head = place.head % params.kv_heads;
     sequence = at.sequence;
     batch = batch_of(params.schedule, at.sequence);
     exists = k_tile * tile.k < slots_of(params.schedule, sequence).num_k;
   }
 };
+
+// Whether dQ is computed too, and in which order key tiles add to it: in any, or one after the other.
+enum class QuerySums { kNone, kInAnyOrder, kInTurns };
+
+// How the warps of a thread block learn that it is its turn to add to a query tile, and tell that they have.
+template <int kStages>
+struct Turns {
+  Barrier come[kStages], passed[kStages];
+
+  __device__ void init(int consumer_warpgroups) {
+    for (int i = 0; i < kStages; ++i) {
+      come[i].init(1);
+      passed[i].init(consumer_warpgroups * kWarpgroupWarps * kReleasingLanes);
+    }
+  }
+  __device__ void wait(RingPosition<kStages> at) { wait_for(come[at.stage], at.parity); }
+  __device__ void pass(RingPosition<kStages> at) {
+    __syncwarp();
+    if (threadIdx.x % 32 < kReleasingLanes) {
+      passed[at.stage].arrive();
+    }
+  }
+};
+
+// Calls visit(head, run) for the runs of query tiles that see a key tile, head after head.
+template <class Kernel, class Visit>
+__device__ void visit_queries(const typename Kernel::Params& params, KeyTileWork work, Visit&& visit) {
+  for (int i = 0; i < params.heads_per_kv_head; ++i) {
+    const int head = work.kv_head * params.heads_per_kv_head + i;
+    auto cursor = params.schedule.at(work.sequence, head).transposed().runs(work.k_tile, Kernel::kTransposed);
+    for (TileRun run; cursor.next(run);) {
+      visit(head, run);
+    }
+  }
+}
+
+// Which of all query tiles the first of a head is.
+template <class Kernel>
+__device__ std::int64_t first_tile_of(const typename Kernel::Params& params, KeyTileWork work, int head) {
+  return (std::int64_t{work.batch} * params.heads + head) * params.q_tiles +
+         first_q_tile(params.schedule, work.sequence, Kernel::kTile);
+}
+
+// Assistant: waits for this block's turn at each of the query tiles, and passes it on. Key tiles take turns from the
+// last to the first, which is the order in which their blocks begin (a block waits only for others that run or are
+// done), and in which under a causal mask they come to a query tile.
+template <class Kernel>
+__device__ void take_turns(const typename Kernel::Params& params, typename Kernel::Shared& shared, KeyTileWork work) {
+  if (!cute::elect_one_sync()) {
+    return;
+  }
+  typename Kernel::Position at;
+  visit_queries<Kernel>(params, work, [&](int head, TileRun run) {
+    const auto schedule = params.schedule.at(work.sequence, head);
+    int* const turns = params.workspace.turns + first_tile_of<Kernel>(params, work, head);
+    for (int q_tile = run.first; q_tile < run.first + run.count; ++q_tile) {
+      const int turn = schedule.last_k_tile(q_tile, Kernel::kTile) - work.k_tile;
+      int passed;
+      do {
+        asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(passed) : "l"(turns + q_tile) : "memory");
+      } while (passed < turn);
+      shared.turns.come[at.stage].arrive();
+      wait_for(shared.turns.passed[at.stage], at.parity);
+      asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(turns + q_tile), "r"(turn + 1) : "memory");
+      at.advance();
+    }
+  });
+}
 
 // Producer: loads K and V of the tile, then into two rings Q with lse2 and dO with delta of each query tile that sees
 // it.
@@ -38,11 +106,10 @@ __device__ void stream_queries(const typename Kernel::Params& params, typename K
                                KeyTileWork work) {
   using KeyTile = typename Kernel::KeyTile;
   using QueryTile = typename Kernel::QueryTile;
-  constexpr TileShape kTile = Kernel::kTile, kTransposed = Kernel::kTransposed;
+  constexpr TileShape kTile = Kernel::kTile;
   constexpr bool kStatistics = Kernel::Score::kRowStatistics;
   constexpr int kRowBytes = kStatistics ? kTile.q * sizeof(float) : 0;
   const auto place = slots_of(params.schedule, work.sequence);
-  const int tiles_before = first_q_tile(params.schedule, work.sequence, kTile);
   const auto key_origin = place.key_origin(work.k_tile, kTile);
   if (cute::elect_one_sync()) {
     shared.kv_full.arrive_and_expect_tx(2 * KeyTile::kBytes);
@@ -50,39 +117,34 @@ __device__ void stream_queries(const typename Kernel::Params& params, typename K
     params.v.load(shared.v, key_origin, work.kv_head, work.batch, shared.kv_full);
   }
   typename Kernel::Position at;
-  announce(
-      [&](auto&& report) {
-        for (int i = 0; i < params.heads_per_kv_head; ++i) {
-          const int head = work.kv_head * params.heads_per_kv_head + i;
-          auto cursor = params.schedule.at(work.sequence, head).transposed().runs(work.k_tile, kTransposed);
-          for (TileRun run; cursor.next(run);) {
-            report(head, run);
-          }
-        }
-      },
-      [&](Announcement run) {
-        if (run.count == 0) {
-          shared.q_ring.fill(at, 0, run, [](Barrier&) {});
-        }
-        for (int q_tile = run.first; q_tile < run.first + run.count; ++q_tile) {
-          const std::int64_t tile =
-              (std::int64_t{work.batch} * params.heads + run.head) * params.q_tiles + tiles_before + q_tile;
-          const auto origin = place.query_origin(q_tile, kTile);
-          shared.q_ring.fill(at, QueryTile::kBytes + kRowBytes, run, [&](Barrier& full) {
-            params.q.load(shared.q[at.stage], origin, run.head, work.batch, full);
-            if constexpr (kStatistics) {
-              load_bytes(shared.lse2[at.stage], params.workspace.lse2 + tile * kTile.q, kRowBytes, full);
-            }
-          });
-          shared.dout_ring.fill(at, QueryTile::kBytes + kRowBytes, {}, [&](Barrier& full) {
-            params.dout.load(shared.dout[at.stage], origin, run.head, work.batch, full);
-            if constexpr (kStatistics) {
-              load_bytes(shared.delta[at.stage], params.workspace.delta + tile * kTile.q, kRowBytes, full);
-            }
-          });
-          at.advance();
-        }
-      });
+  announce([&](auto&& report) { visit_queries<Kernel>(params, work, report); },
+           [&](Announcement run) {
+             if (run.count == 0) {
+               shared.q_ring.fill(at, 0, run, [](Barrier&) {});
+             }
+             for (int q_tile = run.first; q_tile < run.first + run.count; ++q_tile) {
+               const std::int64_t tile = first_tile_of<Kernel>(params, work, run.head) + q_tile;
+               const auto origin = place.query_origin(q_tile, kTile);
+               if constexpr (Kernel::kSumsQueries) {
+                 if (cute::elect_one_sync()) {
+                   shared.sums[at.slot()] = static_cast<int>(tile);
+                 }
+               }
+               shared.q_ring.fill(at, QueryTile::kBytes + kRowBytes, run, [&](Barrier& full) {
+                 params.q.load(shared.q[at.stage], origin, run.head, work.batch, full);
+                 if constexpr (kStatistics) {
+                   load_bytes(shared.lse2[at.stage], params.workspace.lse2 + tile * kTile.q, kRowBytes, full);
+                 }
+               });
+               shared.dout_ring.fill(at, QueryTile::kBytes + kRowBytes, {}, [&](Barrier& full) {
+                 params.dout.load(shared.dout[at.stage], origin, run.head, work.batch, full);
+                 if constexpr (kStatistics) {
+                   load_bytes(shared.delta[at.stage], params.workspace.delta + tile * kTile.q, kRowBytes, full);
+                 }
+               });
+               at.advance();
+             }
+           });
 }
 
 // A thread block of such a kernel: its producer streams queries, its other warpgroups consume(shared, work, warpgroup).
@@ -90,7 +152,7 @@ template <class Kernel, class Consume>
 __device__ void own_key_tile(const typename Kernel::Params& params, Consume&& consume) {
   extern __shared__ std::byte shared_bytes[];
   auto& shared = *reinterpret_cast<typename Kernel::Shared*>(shared_bytes);
-  const KeyTileWork work(params, Kernel::kTile);
+  const KeyTileWork work(params, Kernel::kTile, Kernel::kInTurns);
   if (!work.exists) {
     return;
   }
@@ -99,8 +161,16 @@ __device__ void own_key_tile(const typename Kernel::Params& params, Consume&& co
         shared.kv_full.init(1);
         shared.q_ring.init(Kernel::kWarpgroups);
         shared.dout_ring.init(Kernel::kWarpgroups);
+        if constexpr (Kernel::kSumsQueries) {
+          shared.init_sums();
+        }
       },
-      [&] { stream_queries<Kernel>(params, shared, work); }, [&](int warpgroup) { consume(shared, work, warpgroup); });
+      [&] { stream_queries<Kernel>(params, shared, work); }, [&](int warpgroup) { consume(shared, work, warpgroup); },
+      [&] {
+        if constexpr (Kernel::kInTurns) {
+          take_turns<Kernel>(params, shared, work);
+        }
+      });
 }
 
 // The statistics of the queries in columns `column` and `column` + 1 of a transposed score tile.

@@ -31,6 +31,12 @@ struct RingPosition {
   int stage = 0;
   std::uint32_t parity = 0;
 
+  // Where this tile's place is in twice as many stages.
+  __device__ int slot() const { return static_cast<int>(parity) * kStages + stage; }
+  __device__ RingPosition before() const {
+    return stage == 0 ? RingPosition{kStages - 1, parity ^ 1} : RingPosition{stage - 1, parity};
+  }
+
   __device__ void advance() {
     if (++stage == kStages) {
       stage = 0;

@@ -150,9 +150,11 @@ std::size_t plan_workspace(const TensorView& q, const Schedules& schedules, void
   const std::int64_t sums = Kernel::kSumsQueries ? rows * Kernel::kHeadDim : 0;
   const std::int64_t lse2 = Kernel::Score::kRowStatistics ? rows : 0;
   const std::int64_t delta = Kernel::Score::kRowStatistics || Kernel::kSumsBias ? rows : 0;
+  const std::int64_t turns = Kernel::kInTurns ? rows / Kernel::kTile.q : 0;
   float* const floats = static_cast<float*>(base);
-  workspace = {floats + sums, floats + sums + lse2, Kernel::kSumsQueries ? floats : nullptr};
-  return (sums + lse2 + delta) * sizeof(float);
+  workspace = {floats + sums, floats + sums + lse2, Kernel::kSumsQueries ? floats : nullptr,
+               Kernel::kInTurns ? reinterpret_cast<int*>(floats + sums + lse2 + delta) : nullptr};
+  return (sums + lse2 + delta + turns) * sizeof(float);
 }
 
 // lse2, delta and zeros where sums of dQ will be.
@@ -192,6 +194,7 @@ Status launch_gradients(const BackwardProblem<Variant>& problem, Stream stream) 
   params.num_keys = static_cast<int>(problem.k.seq());
   params.q_tiles = num_q_tiles(problem.schedule, kTile);
   params.heads = static_cast<int>(problem.q.heads());
+  params.kv_heads = static_cast<int>(problem.k.heads());
   params.heads_per_kv_head = heads_per_kv_head(problem.q, problem.k);
   plan_workspace<Kernel>(problem.q, problem.schedule, problem.workspace, params.workspace);
   const std::int64_t heads = problem.q.batch() * (kOwnsKeys ? problem.k.heads() : problem.q.heads());
@@ -206,6 +209,9 @@ Status launch_gradients(const BackwardProblem<Variant>& problem, Stream stream) 
   encode(problem.v, schedule.key_box(kTile), params.v, Kernel::KeyTile::kRowBytes);
 
   Status status = encode.status.ok() ? prepare<Kernel>(problem, params, stream) : encode.status;
+  if (status.ok() && Kernel::kInTurns) {
+    status = clear(params.workspace.turns, problem.q.batch() * params.heads * params.q_tiles * sizeof(int), stream);
+  }
   if (status.ok() && Kernel::kSumsQueries && problem.dbias != nullptr) {
     status = clear(problem.dbias, params.heads * sizeof(float), stream);
   }
@@ -249,11 +255,14 @@ Status run_forward(const char* op, const ForwardProblem<Variant>& problem, Strea
 
 // The kernels of a variant's gradients, for one of its configurations.
 template <class Variant, int kIndex>
-using AllGradientsKernel = KeyGradientKernel<Variant, Variant::kGradients[kIndex], true>;
+using AllGradientsKernel = KeyGradientKernel<Variant, Variant::kGradients[kIndex], QuerySums::kInAnyOrder>;
 template <class Variant, int kIndex>
-using KeyGradientsKernel = std::conditional_t<(Variant::kKeyGradients[kIndex].head_dim > 128),
-                                              WideKeyGradientKernel<Variant, Variant::kKeyGradients[kIndex]>,
-                                              KeyGradientKernel<Variant, Variant::kKeyGradients[kIndex], false>>;
+using AllGradientsInTurnsKernel = KeyGradientKernel<Variant, Variant::kGradients[kIndex], QuerySums::kInTurns>;
+template <class Variant, int kIndex>
+using KeyGradientsKernel =
+    std::conditional_t<(Variant::kKeyGradients[kIndex].head_dim > 128),
+                       WideKeyGradientKernel<Variant, Variant::kKeyGradients[kIndex]>,
+                       KeyGradientKernel<Variant, Variant::kKeyGradients[kIndex], QuerySums::kNone>>;
 template <class Variant, int kIndex>
 using QueryGradientsKernel = QueryGradientKernel<Variant, Variant::kQueryGradients[kIndex]>;
 
@@ -266,14 +275,51 @@ constexpr int max_head_dim() {
 // The width of tiles that hold rows of queries, keys and values.
 inline std::int64_t row_width(const TensorView& q, const TensorView& v) { return max_of(q.head_dim(), v.head_dim()); }
 
-// Does one kernel compute all that is wanted of `problem`, an op's? Not in one order of summation.
+// How a problem's gradients are computed.
+enum class Way { kAtOnce, kAtOnceInTurns, kByTwoKernels };
+
+template <class Variant>
+inline constexpr bool kCanBeAtOnce = requires { Variant::kGradients; };
+template <class Variant>
+inline constexpr bool kCanBeInTurns =
+    kCanBeAtOnce<Variant> && !Variant::Score::kBiasGradient &&
+    requires(typename Variant::Schedule schedule) { schedule.at(0, 0).last_k_tile(0, TileShape{}); };
+
+// The way for `problem`, of `k`, whose rows are `width` long.
 template <class Variant, class Problem>
-bool is_for_one_kernel(const Problem& problem, std::int64_t width) {
-  if constexpr (requires { Variant::kGradients; }) {
-    return !problem.deterministic && problem.dq.data != nullptr && problem.dk.data != nullptr &&
-           problem.dv.data != nullptr && width <= max_head_dim<Variant::kGradients>();
+Way way_of(const Problem& problem, const TensorView& k, std::int64_t width) {
+  if constexpr (kCanBeAtOnce<Variant>) {
+    if (problem.dq.data != nullptr && problem.dk.data != nullptr && problem.dv.data != nullptr &&
+        width <= max_head_dim<Variant::kGradients>()) {
+      if (!problem.deterministic) {
+        return Way::kAtOnce;
+      }
+      // In turns long key tiles begin last under a causal mask, and the time of one is added to the whole: a quarter of
+      // it with 8 works for each multiprocessor, an eighth with 15 (H200). Two kernels take 1.2 to 1.4 times the time.
+      constexpr std::int64_t kFewestWorks = 12;
+      const std::int64_t works = k.batch() * k.heads() * ceil_div<std::int64_t>(k.seq(), Variant::kGradients[0].tile.k);
+      if (kCanBeInTurns<Variant> && works >= kFewestWorks * num_multiprocessors()) {
+        return Way::kAtOnceInTurns;
+      }
+    }
+  }
+  return Way::kByTwoKernels;
+}
+
+// Calls run.operator()<Kernel>() with the kernel for one of the first two ways.
+template <class Variant, class Run>
+Status with_kernel_at_once(const char* op, Way way, std::int64_t width, Run&& run) {
+  if constexpr (kCanBeAtOnce<Variant>) {
+    return dispatch<Variant::kGradients>(op, width, [&]<int kIndex>() {
+      if constexpr (kCanBeInTurns<Variant>) {
+        if (way == Way::kAtOnceInTurns) {
+          return run.template operator()<AllGradientsInTurnsKernel<Variant, kIndex>>();
+        }
+      }
+      return run.template operator()<AllGradientsKernel<Variant, kIndex>>();
+    });
   } else {
-    return false;
+    return {};
   }
 }
 
@@ -295,12 +341,10 @@ Status run_key_gradients(const char* op, const BackwardProblem<Variant>& problem
 template <class Variant, class OfQueries = Variant>
 Status run_backward(const char* op, const BackwardProblem<Variant>& problem,
                     const BackwardProblem<OfQueries>& of_queries, Stream stream) {
-  if constexpr (requires { Variant::kGradients; }) {
-    if (const std::int64_t width = row_width(problem.q, problem.v); is_for_one_kernel<Variant>(problem, width)) {
-      return dispatch<Variant::kGradients>(op, width, [&]<int kIndex>() {
-        return launch_gradients<AllGradientsKernel<Variant, kIndex>, true>(problem, stream);
-      });
-    }
+  const std::int64_t width = row_width(problem.q, problem.v);
+  if (const Way way = way_of<Variant>(problem, problem.k, width); way != Way::kByTwoKernels) {
+    return with_kernel_at_once<Variant>(
+        op, way, width, [&]<class Kernel>() { return launch_gradients<Kernel, true>(problem, stream); });
   }
   Status status;
   if (problem.dq.data != nullptr || problem.dbias != nullptr) {
@@ -329,13 +373,10 @@ std::size_t backward_workspace(const Problem& problem, const typename Variant::S
     bytes = max_of(bytes, plan_workspace<Kernel>(q, schedule, nullptr, workspace));
     return Status{};
   };
-  if constexpr (requires { Variant::kGradients; }) {
-    if (is_for_one_kernel<Variant>(problem, width)) {
-      dispatch<Variant::kGradients>("", width, [&]<int kIndex>() {
-        return plan.template operator()<AllGradientsKernel<Variant, kIndex>>(schedule);
-      });
-      return bytes;
-    }
+  if (const Way way = way_of<Variant>(problem, forward_of(problem).k, width); way != Way::kByTwoKernels) {
+    with_kernel_at_once<Variant>("", way, width,
+                                 [&]<class Kernel>() { return plan.template operator()<Kernel>(schedule); });
+    return bytes;
   }
   dispatch<OfQueries::kQueryGradients>("", width, [&]<int kIndex>() {
     return plan.template operator()<QueryGradientsKernel<OfQueries, kIndex>>(of_queries);

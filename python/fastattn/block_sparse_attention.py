@@ -63,8 +63,7 @@ def block_sparse_attention(
         blocks: the blocks that each query head keeps, made for ``seq_q`` queries and ``seq_k`` keys, on the device of
             ``q``. A ``BlockList`` may also hide the keys after each query, see ``causal`` there.
         scale: multiplies the scores, finite and positive; ``1 / sqrt(head_dim)`` if None.
-        deterministic: the same gradients in every run, as in ``fastattn.attention``; on CUDA they cannot be yet, and
-            asking for it is an error of the backward.
+        deterministic: the same gradients in every run, as in ``fastattn.attention``.
         return_lse: return the log-sum-exp of each row as well.
 
     Returns:

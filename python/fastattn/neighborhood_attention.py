@@ -91,8 +91,7 @@ def neighborhood_attention(
         scale: multiplies the scores, finite and positive; ``1 / sqrt(head_dim)`` if None.
         extra_k, extra_v: ``[batch, n, kv_heads, head_dim]``: context, such as text, that every query sees beside its
             neighborhood.
-        deterministic: the same gradients in every run, as in `fastattn.attention`; on CUDA they cannot be yet, and
-            asking for it is an error of the backward.
+        deterministic: the same gradients in every run, as in `fastattn.attention`.
         return_lse: return the log-sum-exp of each row as well.
 
     Returns:

@@ -37,8 +37,7 @@ def sigmoid_attention(
         scale: multiplies the scores, finite and positive; ``1 / sqrt(head_dim)`` if None.
         causal: hide the keys after each query.
         window: ``(left, right)``, the number of keys seen on either side of the diagonal; -1 is unbounded.
-        deterministic: the same gradients in every run, as in ``fastattn.attention``; on CUDA they cannot be yet, and
-            asking for it is an error of the backward.
+        deterministic: the same gradients in every run, as in ``fastattn.attention``.
 
     Returns:
         The output, ``[batch, seq_q, heads, head_dim]``, contiguous, in the dtype of ``q``; 0 for a query that sees no

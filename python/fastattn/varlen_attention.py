@@ -94,7 +94,7 @@ def varlen_attention(
     Returns:
         The output, ``[tokens_q, heads, head_dim of v]``; with ``return_lse`` that and the log-sum-exp, float32
         ``[heads, tokens_q]``. A query that sees nothing has an output of 0 and an LSE of -inf, or its sink. Both are
-        differentiable in q, k, v and sinks, on a CPU, with gradients of 0 for tokens that see nothing or are not seen;
+        differentiable in q, k, v and sinks, with gradients of 0 for tokens that see nothing or are not seen;
         second derivatives are not available.
 
     Raises:

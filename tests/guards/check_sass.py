@@ -4,7 +4,8 @@ What a GPU would show as lost speed, a machine without one can read. The main ke
 instructions (HGMMA, or IGMMA and QGMMA for 8 bits), load tiles with the bulk copy engine (UTMALDG), and between their
 first and their last product keep everything in registers: an access to local memory there is a spill or an array
 indexed at run time. (The producer, whose code lies outside, may spill: it has 24 registers, walks lists, and waits most
-of the time.)
+of the time.) One kernel may keep a few words there: of its forms that were measured none that spills nothing is as fast
+(csrc/ops/attention.md).
 """
 
 import re
@@ -18,6 +19,8 @@ MAIN_KERNELS = re.compile(r"(forward|gradient|estimate)_kernel")
 PRODUCTS = ("HGMMA", "IGMMA", "QGMMA")
 COPY = "UTMALDG"
 LOCAL_MEMORY = ("LDL", "STL")
+MAY_SPILL = re.compile(r"KeyGradientKernel.*ConfigELi64E.*QuerySumsE[12]E")  # all gradients, head_dim 64
+MOST_SPILLS = 12  # of about 1,500 instructions
 
 
 def disassemble(library: Path) -> dict[str, list[str]]:
@@ -46,7 +49,8 @@ def complaints(kernels: dict[str, list[str]]) -> list[str]:
         found += [] if COPY in instructions else [f"{name} has no {COPY}"]
         found += [] if set(PRODUCTS) & set(instructions) else [f"{name} has none of {', '.join(PRODUCTS)}"]
         count = Counter(among_products(instructions))
-        found += [f"{name} uses local memory among its products: {count[i]} {i}" for i in LOCAL_MEMORY if count[i]]
+        if sum(count[i] for i in LOCAL_MEMORY) > (MOST_SPILLS if MAY_SPILL.search(name) else 0):
+            found += [f"{name} uses local memory among its products: {count[i]} {i}" for i in LOCAL_MEMORY if count[i]]
     return found
 
 
@@ -55,7 +59,7 @@ def main(library: str) -> None:
     if found := complaints(kernels):
         sys.exit("\n".join([f"{library}: its GPU kernels are not what they should be:", *found]))
     main_kernels = sum(1 for name in kernels if MAIN_KERNELS.search(name))
-    print(f"{library}: {main_kernels} main kernels with warpgroup products, no local memory among these")  # noqa: T201
+    print(f"{library}: {main_kernels} main kernels with warpgroup products, and no local memory but what is allowed")  # noqa: T201
 
 
 if __name__ == "__main__":

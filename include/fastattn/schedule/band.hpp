@@ -84,6 +84,9 @@ struct Band {
     return tiles * tile.q * tile.k;
   }
 
+  // All that a query tile sees lies in consecutive key tiles, up to this one.
+  FASTATTN_HD constexpr int last_k_tile(int q_tile, TileShape shape) const { return runs(q_tile, shape).end - 1; }
+
   FASTATTN_HD constexpr Band slots() const { return *this; }
   FASTATTN_HD constexpr Band at(int, int) const { return *this; }  // one mask for all heads
 
