@@ -36,6 +36,11 @@ struct RingPosition {
   __device__ RingPosition before() const {
     return stage == 0 ? RingPosition{kStages - 1, parity ^ 1} : RingPosition{stage - 1, parity};
   }
+  __device__ RingPosition next() const {
+    RingPosition next = *this;
+    next.advance();
+    return next;
+  }
 
   __device__ void advance() {
     if (++stage == kStages) {

@@ -5,7 +5,9 @@
 //   warpgroup 1   dPᵀ = V dOᵀ                                 └→ dS = score_gradient(P, dP) → dK += dSᵀ Q
 //
 // Both accumulators are 64 × head_dim, and both second products read their left operand from registers. The two work on
-// different tiles at a time, so that the products of one run while the other computes weights.
+// different tiles at a time, so that the products of one run while the other computes weights; and each issues the
+// first product of the next tile behind the second of this one, so that the tensor cores need not wait for it (3 to 5 %
+// of the time).
 #pragma once
 
 #include <cutlass/arch/barrier.h>
@@ -66,18 +68,21 @@ struct WideKeyGradientKernel {
     });
   }
 
-  // Calls begin(run) for each run and step(q_tile, coverage, cells, run, position) for each of its tiles, in the
-  // producer's order.
-  template <class Begin, class Step>
-  static __device__ void for_each_query_tile(Shared& shared, Begin&& begin, Step&& step) {
+  // In the producer's order: issue(position), the first product, for the first tile; then begin(run) for each run and
+  // step(q_tile, coverage, cells, run, position, is_last) for each of its tiles.
+  template <class Begin, class Issue, class Step>
+  static __device__ void for_each_query_tile(Shared& shared, Begin&& begin, Issue&& issue, Step&& step) {
     Position position;
-    Announcement run;
     wait_for(shared.kv_full, 0);
+    Announcement run = shared.q_ring.next(position);
+    if (run.count > 0) {
+      issue(position);
+    }
     do {
       run = shared.q_ring.next(position);
       begin(run);
       for_each_tile(run, [&](int q_tile, auto coverage, std::uint16_t cells) {
-        step(q_tile, coverage, cells, run, position);
+        step(q_tile, coverage, cells, run, position, run.last && q_tile == run.first + run.count - 1);
         position.advance();
       });
     } while (!run.last);
@@ -86,7 +91,17 @@ struct WideKeyGradientKernel {
   static __device__ void sum_values(const Params& params, Shared& shared, KeyTileWork work) {
     const int thread = threadIdx.x % kWarpgroupThreads;
     const AccumulatorThread at(thread);
-    float dv[kHeadDim / 2] = {};
+    float dv[kHeadDim / 2] = {}, scores[kTile.q / 2];
+    // Where there is no next tile, it multiplies whatever lies there, and nothing reads it.
+    const auto issue = [&](Position at, bool exists = true) {
+      if (exists) {
+        shared.q_ring.wait(at);
+      }
+      wgmma::pin(scores);
+      wgmma::fence();
+      wgmma::multiply<Element, kHeadDim>(shared.k.k_major(), shared.q[at.stage].k_major(), scores, false);
+      wgmma::commit();
+    };
     Score score = params.score;
     KeyBiasRows rows;
     int head = -1;
@@ -99,16 +114,11 @@ struct WideKeyGradientKernel {
         }
       }
     };
-    const auto step = [&](int q_tile, auto coverage, std::uint16_t cells, const Announcement& run, Position position) {
+    const auto step = [&](int q_tile, auto coverage, std::uint16_t cells, const Announcement& run, Position position,
+                          bool is_last) {
       const int stage = position.stage;
-      float scores[kTile.q / 2];
       std::uint32_t operand[kTile.q / 4];
       constexpr bool kPartial = coverage() == Coverage::kPartial;
-      shared.q_ring.wait(position);
-      wgmma::pin(scores);
-      wgmma::fence();
-      wgmma::multiply<Element, kHeadDim>(shared.k.k_major(), shared.q[stage].k_major(), scores, false);
-      wgmma::commit();
       KeptBits kept;
       if constexpr (kPartial) {
         const auto transposed = params.schedule.at(work.sequence, run.head).transposed();
@@ -144,12 +154,15 @@ struct WideKeyGradientKernel {
       wgmma::fence();
       wgmma::multiply<Element, Element>(operand, shared.dout[stage].mn_major(), dv, true);
       wgmma::commit();
-      wgmma::wait<0>();
+      issue(position.next(), !is_last);
+      wgmma::wait<1>();
       wgmma::pin(dv);
       wgmma::pin(operand);
       shared.dout_ring.release(position);
     };
-    for_each_query_tile(shared, begin, step);
+    for_each_query_tile(shared, begin, issue, step);
+    wgmma::wait<0>();
+    wgmma::pin(scores);
     cutlass::arch::NamedBarrier::sync(kThreads, kWeightsEmpty);
     store_key_gradient<Element>(params, work, params.dv, dv, 1.f, shared.k, 0, 1);
   }
@@ -157,7 +170,16 @@ struct WideKeyGradientKernel {
   static __device__ void sum_keys(const Params& params, Shared& shared, KeyTileWork work) {
     const int thread = threadIdx.x % kWarpgroupThreads;
     const AccumulatorThread at(thread);
-    float dk[kHeadDim / 2] = {};
+    float dk[kHeadDim / 2] = {}, dscores[kTile.q / 2];
+    const auto issue = [&](Position at, bool exists = true) {
+      if (exists) {
+        shared.dout_ring.wait(at);
+      }
+      wgmma::pin(dscores);
+      wgmma::fence();
+      wgmma::multiply<Element, kHeadDim>(shared.v.k_major(), shared.dout[at.stage].k_major(), dscores, false);
+      wgmma::commit();
+    };
     Score score = params.score;
     KeyBiasRows rows;
     int head = -1;
@@ -167,15 +189,10 @@ struct WideKeyGradientKernel {
         rows.move_to(run, head, params, work, work.k_tile * kTile.k, at);
       }
     };
-    const auto step = [&](int, auto coverage, std::uint16_t, const Announcement&, Position position) {
+    const auto step = [&](int, auto coverage, std::uint16_t, const Announcement&, Position position, bool is_last) {
       const int stage = position.stage;
-      float dscores[kTile.q / 2], weights[kTile.q / 2];
+      float weights[kTile.q / 2];
       std::uint32_t operand[kTile.q / 4];
-      shared.dout_ring.wait(position);
-      wgmma::pin(dscores);
-      wgmma::fence();
-      wgmma::multiply<Element, kHeadDim>(shared.v.k_major(), shared.dout[stage].k_major(), dscores, false);
-      wgmma::commit();
       wgmma::wait<0>();
       wgmma::pin(dscores);
       cutlass::arch::NamedBarrier::sync(kThreads, kWeightsFull);
@@ -204,13 +221,16 @@ struct WideKeyGradientKernel {
       wgmma::fence();
       wgmma::multiply<Element, Element>(operand, shared.q[stage].mn_major(), dk, true);
       wgmma::commit();
-      wgmma::wait<0>();
+      issue(position.next(), !is_last);
+      wgmma::wait<1>();
       wgmma::pin(dk);
       wgmma::pin(operand);
       shared.q_ring.release(position);
     };
     cutlass::arch::NamedBarrier::arrive(kThreads, kWeightsEmpty);
-    for_each_query_tile(shared, begin, step);
+    for_each_query_tile(shared, begin, issue, step);
+    wgmma::wait<0>();
+    wgmma::pin(dscores);
     if constexpr (kModified) {
       rows.end(params, work, head, work.k_tile * kTile.k, at);
     }
