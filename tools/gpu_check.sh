@@ -88,7 +88,7 @@ records() {
   run records.deterministic "$python" -m bench --device cuda --output "$out/results" --modes bwd_deterministic \
     --op neighborhood_attention --op block_sparse_attention --op sigmoid_attention
   run records.partial "$python" -m bench --device cuda --output "$out/results" --modes bwd_q,bwd_kv,bwd_deterministic \
-    --op attention --cases '^b(4_s4096|1_s16384)_h[0-9]+_d(64|128|256)_causal$'
+    --op attention --cases '^b(4_s4096|1_s16384)_h[0-9]+_d(64|128|256)(_causal)?$|s512_'
   run records.both "$python" -m bench --device cuda --output "$out/results" --modes fwd+bwd \
     --op attention --cases '^b(8_s2048|2_s8192|1_s32768)_h16_d128_causal$'
   run records.memory "$python" -m bench.memory --output "$out/results"

@@ -6,8 +6,9 @@
 //   query_gradients.cuh  a thread block owns a query tile and walks the key tiles it sees: dQ
 //
 // All three gradients at once are five matrix products a score, dK and dV four and dQ three: the first way is the
-// fastest where a row is short, the two after each other have one order of summation (and are all there is for long
-// rows), and each by itself is what is left to do where the other's gradients are not wanted.
+// fastest where a row is short, also in one order of summation, if key tiles take turns. The two after each other
+// always have one, and are all there is for long rows; each by itself is what is left to do where the other's gradients
+// are not wanted.
 //
 // Before them, `prepare_kernel` computes each row's delta; after sums in memory, `finish_kernel` scales these, rounds
 // them and puts them in order.

@@ -8,10 +8,9 @@
 // goes through shared memory, for dQ (FlashAttention-3, arXiv 2407.08608). dQ is summed over key tiles in fp32 in
 // global memory, in the order of the accumulator's registers, so that every reduction is a coalesced 16-byte one.
 //
-// dQ is that of the tile before: its dS is there, so that the product runs while this tile's P
-// and dS are computed, and no warpgroup waits for another. Its reductions come after the fence that publishes this
-// tile's dS, for a fence waits for those under way: before it they cost a fifth of the time, after dK 4 %
-// (attention.md).
+// dQ is that of the tile before: its dS is there, so that the product runs while this tile's P and dS are computed, and
+// no warpgroup waits for another. Its reductions come after the fence that publishes this tile's dS, for a fence waits
+// for those under way: before it they cost a fifth of the time, after dK 4 % (attention.md).
 #pragma once
 
 #include <cstdint>

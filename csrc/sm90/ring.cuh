@@ -1,6 +1,8 @@
 // How work reaches a thread block, and how its producer warp hands tiles on to the consumer warpgroups.
 #pragma once
 
+#include <cutlass/arch/barrier.h>
+
 #include <cstdint>
 
 #include "fastattn/schedule/schedule.hpp"
@@ -52,11 +54,23 @@ struct RingPosition {
 
 // How many lanes of a warp hand a stage back. One is enough, since __syncwarp orders the other lanes' reads before it,
 // but compute-sanitizer's racecheck does not follow that: for it, every lane speaks for itself.
+// Nor does it follow those that arrive at a named barrier without waiting there.
 #if defined(FASTATTN_RACECHECK)
 inline constexpr int kReleasingLanes = 32;
+inline constexpr bool kMayArrive = false;
 #else
 inline constexpr int kReleasingLanes = 1;
+inline constexpr bool kMayArrive = true;
 #endif
+
+// Tells the other threads of a named barrier that they need not wait for these.
+__device__ inline void arrive_at(int threads, int barrier) {
+  if constexpr (kMayArrive) {
+    cutlass::arch::NamedBarrier::arrive(threads, barrier);
+  } else {
+    cutlass::arch::NamedBarrier::sync(threads, barrier);
+  }
+}
 
 struct Nothing {};
 

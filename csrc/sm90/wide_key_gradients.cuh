@@ -146,7 +146,7 @@ struct WideKeyGradientKernel {
       for (int j = 0; j < kTile.q / 8; ++j) {
         shared.weights[j][thread] = {scores[4 * j], scores[4 * j + 1], scores[4 * j + 2], scores[4 * j + 3]};
       }
-      cutlass::arch::NamedBarrier::arrive(kThreads, kWeightsFull);
+      arrive_at(kThreads, kWeightsFull);
       pack<Element>(scores, operand);
       shared.dout_ring.wait(position);
       wgmma::pin(dv);
@@ -212,7 +212,7 @@ struct WideKeyGradientKernel {
         shared.q_ring.wait(position);
         rows.modify(params.modifier, shared.lse2[stage], at, weights, dscores);
       }
-      cutlass::arch::NamedBarrier::arrive(kThreads, kWeightsEmpty);
+      arrive_at(kThreads, kWeightsEmpty);
       shared.dout_ring.release(position);
       pack<Element>(dscores, operand);
       shared.q_ring.wait(position);
@@ -227,7 +227,7 @@ struct WideKeyGradientKernel {
       wgmma::pin(operand);
       shared.q_ring.release(position);
     };
-    cutlass::arch::NamedBarrier::arrive(kThreads, kWeightsEmpty);
+    arrive_at(kThreads, kWeightsEmpty);
     for_each_query_tile(shared, begin, issue, step);
     wgmma::wait<0>();
     wgmma::pin(dscores);
