@@ -9,7 +9,7 @@
 #include "sm90/config.hpp"
 #include "sm90/operands.cuh"
 #include "sm90/output.cuh"
-#include "sm90/run.cuh"
+#include "sm90/run_forward.cuh"
 
 namespace fastattn {
 namespace {

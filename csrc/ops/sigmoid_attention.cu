@@ -5,7 +5,8 @@
 #include "ops/validate.hpp"
 #include "sm90/config.hpp"
 #include "sm90/output.cuh"
-#include "sm90/run.cuh"
+#include "sm90/run_backward.cuh"
+#include "sm90/run_forward.cuh"
 
 namespace fastattn {
 namespace {

@@ -3,7 +3,8 @@
 
 #include "fastattn/score/softmax.hpp"
 #include "sm90/output.cuh"
-#include "sm90/run.cuh"
+#include "sm90/run_backward.cuh"
+#include "sm90/run_forward.cuh"
 
 namespace fastattn {
 

@@ -1,0 +1,299 @@
+// Host side: a backward, described to the kernels of its way and launched. One function for every op.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <type_traits>
+
+#include "fastattn/fastattn.hpp"
+#include "sm90/backward.cuh"
+#include "sm90/key_gradients.cuh"
+#include "sm90/launch.cuh"
+#include "sm90/query_gradients.cuh"
+#include "sm90/run.cuh"
+#include "sm90/wide_key_gradients.cuh"
+#include "sm90/work_order.hpp"
+
+namespace fastattn::sm90 {
+
+template <class Variant>
+struct BackwardProblem {
+  TensorView q, k, v, dout;
+  TensorView dq, dk, dv;  // without data: not wanted
+  TensorView out = {};    // these three only for a score with row statistics
+  const float *lse = nullptr, *dlse = nullptr;
+  typename Variant::Schedule schedule;
+  typename Variant::Score score;
+  typename Variant::Modifier modifier = {};
+  float scale;
+  float *dbias = nullptr, *dkey_bias = nullptr;
+  bool deterministic = false;
+  void* workspace;
+};
+
+// The tiles of the backward's kernels, by head_dim: of all gradients at once, of dK and dV, and of dQ.
+struct GradientTiles {
+  static constexpr Config kGradients[] = {{.head_dim = 64, .tile = {128, 128}, .stages = 2, .warpgroups = 2},
+                                          {.head_dim = 128, .tile = {64, 128}, .stages = 2, .warpgroups = 2}};
+  static constexpr const auto& kKeyGradients = kGradients;
+  static constexpr Config kQueryGradients[] = {{.head_dim = 64, .tile = {128, 128}, .stages = 2, .warpgroups = 2},
+                                               {.head_dim = 128, .tile = {128, 128}, .stages = 2, .warpgroups = 2}};
+};
+
+// The same for rows of up to 256 elements.
+struct WideGradientTiles : GradientTiles {
+  static constexpr Config kKeyGradients[] = {{.head_dim = 64, .tile = {128, 128}, .stages = 2, .warpgroups = 2},
+                                             {.head_dim = 128, .tile = {64, 128}, .stages = 2, .warpgroups = 2},
+                                             {.head_dim = 256, .tile = {64, 64}, .stages = 2, .warpgroups = 2}};
+  static constexpr Config kQueryGradients[] = {{.head_dim = 64, .tile = {128, 128}, .stages = 2, .warpgroups = 2},
+                                               {.head_dim = 128, .tile = {128, 128}, .stages = 2, .warpgroups = 2},
+                                               {.head_dim = 256, .tile = {128, 64}, .stages = 2, .warpgroups = 2}};
+};
+
+// Those of scores and masks that take registers, in two kernels always.
+struct NarrowGradientTiles {
+  static constexpr Config kKeyGradients[] = {{.head_dim = 64, .tile = {64, 128}, .stages = 2, .warpgroups = 2},
+                                             {.head_dim = 128, .tile = {64, 128}, .stages = 2, .warpgroups = 2},
+                                             {.head_dim = 256, .tile = {64, 64}, .stages = 2, .warpgroups = 2}};
+  static constexpr Config kQueryGradients[] = {{.head_dim = 64, .tile = {128, 64}, .stages = 2, .warpgroups = 2},
+                                               {.head_dim = 128, .tile = {128, 64}, .stages = 2, .warpgroups = 2},
+                                               {.head_dim = 256, .tile = {128, 32}, .stages = 2, .warpgroups = 2}};
+};
+
+// The parts of a backward kernel's workspace, and its size in bytes.
+template <class Kernel, class Schedules>
+std::size_t plan_workspace(const TensorView& q, const Schedules& schedules, void* base, BackwardWorkspace& workspace) {
+  const std::int64_t rows = q.batch() * q.heads() * num_q_tiles(schedules, Kernel::kTile) * Kernel::kTile.q;
+  const std::int64_t sums = Kernel::kSumsQueries ? rows * Kernel::kHeadDim : 0;
+  const std::int64_t lse2 = Kernel::Score::kRowStatistics ? rows : 0;
+  const std::int64_t delta = Kernel::Score::kRowStatistics || Kernel::kSumsBias ? rows : 0;
+  const std::int64_t turns = Kernel::kInTurns ? rows / Kernel::kTile.q : 0;
+  float* const floats = static_cast<float*>(base);
+  workspace = {floats + sums, floats + sums + lse2, Kernel::kSumsQueries ? floats : nullptr,
+               Kernel::kInTurns ? reinterpret_cast<int*>(floats + sums + lse2 + delta) : nullptr};
+  return (sums + lse2 + delta + turns) * sizeof(float);
+}
+
+// lse2, delta and zeros where sums of dQ will be.
+template <class Kernel, class Variant>
+Status prepare(const BackwardProblem<Variant>& problem, const typename Kernel::Params& params, Stream stream) {
+  using Schedules = typename Variant::Schedule;
+  const std::int64_t heads = problem.q.batch() * params.heads;
+  if constexpr (Kernel::Score::kRowStatistics) {
+    const int blocks_of_head = ceil_div(params.q_tiles * Kernel::kTile.q, kRowsOfBlock<Kernel>);
+    const PrepareParams<Schedules> prepare{problem.out,      problem.dout,     problem.lse,    problem.dlse,
+                                           params.workspace, problem.schedule, params.q_tiles, blocks_of_head};
+    return launch(prepare_kernel<Kernel, Schedules>, heads * blocks_of_head, kHelperThreads, 0, stream, prepare);
+  } else {
+    return params.workspace.dq == nullptr
+               ? Status{}
+               : clear(params.workspace.dq, heads * params.q_tiles * Kernel::kTile.q * Kernel::kHeadDim * sizeof(float),
+                       stream);
+  }
+}
+
+// One kernel of the backward, with what comes before and after it. `kOwnsKeys`: of key tiles, else of query tiles.
+template <class Kernel, bool kOwnsKeys, class Variant>
+Status launch_gradients(const BackwardProblem<Variant>& problem, Stream stream) {
+  using Schedules = typename Variant::Schedule;
+  constexpr TileShape kTile = Kernel::kTile;
+  const auto schedule = problem.schedule.slots();
+  typename Kernel::Params params{};
+  params.dq = problem.dq;
+  params.dk = problem.dk;
+  params.dv = problem.dv;
+  params.schedule = problem.schedule;
+  params.score = problem.score;
+  params.scale = problem.scale;
+  params.modifier = problem.modifier;
+  params.dbias = problem.dbias;
+  params.dkey_bias = problem.dkey_bias;
+  params.num_keys = static_cast<int>(problem.k.seq());
+  params.q_tiles = num_q_tiles(problem.schedule, kTile);
+  params.heads = static_cast<int>(problem.q.heads());
+  params.kv_heads = static_cast<int>(problem.k.heads());
+  params.heads_per_kv_head = heads_per_kv_head(problem.q, problem.k);
+  plan_workspace<Kernel>(problem.q, problem.schedule, problem.workspace, params.workspace);
+  const std::int64_t heads = problem.q.batch() * (kOwnsKeys ? problem.k.heads() : problem.q.heads());
+  const int tiles = kOwnsKeys ? num_k_tiles(problem.schedule, kTile) : params.q_tiles;
+  // Bytes that all tiles of a head stream: of Q and dO, or of K and V.
+  const std::int64_t streamed = (kOwnsKeys ? problem.q.seq() : problem.k.seq()) * Kernel::kHeadDim * 4;
+  params.order = work_order(heads, tiles, num_multiprocessors(), streamed, 1);
+  MapEncoder encode;
+  encode(problem.q, schedule.query_box(kTile), params.q, Kernel::QueryTile::kRowBytes);
+  encode(problem.dout, schedule.query_box(kTile), params.dout, Kernel::QueryTile::kRowBytes);
+  encode(problem.k, schedule.key_box(kTile), params.k, Kernel::KeyTile::kRowBytes);
+  encode(problem.v, schedule.key_box(kTile), params.v, Kernel::KeyTile::kRowBytes);
+
+  Status status = encode.status.ok() ? prepare<Kernel>(problem, params, stream) : encode.status;
+  if (status.ok() && Kernel::kInTurns) {
+    status = clear(params.workspace.turns, problem.q.batch() * params.heads * params.q_tiles * sizeof(int), stream);
+  }
+  if (status.ok() && Kernel::kSumsQueries && problem.dbias != nullptr) {
+    status = clear(problem.dbias, params.heads * sizeof(float), stream);
+  }
+  if (kOwnsKeys && status.ok() && problem.dkey_bias != nullptr) {
+    status = clear(problem.dkey_bias, problem.q.batch() * params.heads * problem.k.seq() * sizeof(float), stream);
+  }
+  if (status.ok()) {
+    status = launch(gradient_kernel<Kernel>, heads * tiles, (Kernel::kWarpgroups + 1) * kWarpgroupThreads,
+                    sizeof(typename Kernel::Shared), stream, params);
+  }
+  if constexpr (Kernel::kSumsBias) {
+    if (status.ok() && problem.dbias != nullptr) {
+      const BiasParams bias{problem.dbias, params.workspace.delta, static_cast<int>(problem.q.batch()), params.heads,
+                            params.q_tiles * kTile.q};
+      status = launch(sum_bias_kernel<kHelperThreads>, params.heads, kHelperThreads, 0, stream, bias);
+    }
+  }
+  if constexpr (Kernel::kSumsQueries) {
+    if (status.ok()) {
+      const FinishParams<Schedules> finish{problem.dq, params.workspace, problem.schedule, problem.scale,
+                                           params.q_tiles};
+      status = launch(finish_kernel<typename Kernel::Element, Kernel, Schedules>,
+                      problem.q.batch() * params.heads * params.q_tiles * Kernel::kWarpgroups, kWarpgroupThreads, 0,
+                      stream, finish);
+    }
+  }
+  return status;
+}
+
+// The kernels of a variant's gradients, for one of its configurations.
+template <class Variant, int kIndex>
+using AllGradientsKernel = KeyGradientKernel<Variant, Variant::kGradients[kIndex], QuerySums::kInAnyOrder>;
+template <class Variant, int kIndex>
+using AllGradientsInTurnsKernel = KeyGradientKernel<Variant, Variant::kGradients[kIndex], QuerySums::kInTurns>;
+template <class Variant, int kIndex>
+using KeyGradientsKernel =
+    std::conditional_t<(Variant::kKeyGradients[kIndex].head_dim > 128),
+                       WideKeyGradientKernel<Variant, Variant::kKeyGradients[kIndex]>,
+                       KeyGradientKernel<Variant, Variant::kKeyGradients[kIndex], QuerySums::kNone>>;
+template <class Variant, int kIndex>
+using QueryGradientsKernel = QueryGradientKernel<Variant, Variant::kQueryGradients[kIndex]>;
+
+// The longest rows that a list of configurations is for.
+template <const auto& kConfigs>
+constexpr int max_head_dim() {
+  return kConfigs[std::size(kConfigs) - 1].head_dim;
+}
+
+// The width of tiles that hold rows of queries, keys and values.
+inline std::int64_t row_width(const TensorView& q, const TensorView& v) { return max_of(q.head_dim(), v.head_dim()); }
+
+// How a problem's gradients are computed.
+enum class Way { kAtOnce, kAtOnceInTurns, kByTwoKernels };
+
+template <class Variant>
+inline constexpr bool kCanBeAtOnce = requires { Variant::kGradients; };
+template <class Variant>
+inline constexpr bool kCanBeInTurns =
+    kCanBeAtOnce<Variant> && !Variant::Score::kBiasGradient &&
+    requires(typename Variant::Schedule schedule) { schedule.at(0, 0).last_k_tile(0, TileShape{}); };
+
+// The way for `problem`, of `k`, whose rows are `width` long.
+template <class Variant, class Problem>
+Way way_of(const Problem& problem, const TensorView& k, std::int64_t width) {
+  if constexpr (kCanBeAtOnce<Variant>) {
+    if (problem.dq.data != nullptr && problem.dk.data != nullptr && problem.dv.data != nullptr &&
+        width <= max_head_dim<Variant::kGradients>()) {
+      if (!problem.deterministic) {
+        return Way::kAtOnce;
+      }
+      // In turns long key tiles begin last under a causal mask, and the time of one is added to the whole: a quarter of
+      // it with 8 works for each multiprocessor, an eighth with 15 (H200). Two kernels take 1.2 to 1.4 times the time.
+      constexpr std::int64_t kFewestWorks = 12;
+      const std::int64_t works = k.batch() * k.heads() * ceil_div<std::int64_t>(k.seq(), Variant::kGradients[0].tile.k);
+      if (kCanBeInTurns<Variant> && works >= kFewestWorks * num_multiprocessors()) {
+        return Way::kAtOnceInTurns;
+      }
+    }
+  }
+  return Way::kByTwoKernels;
+}
+
+// Calls run.operator()<Kernel>() with the kernel for one of the first two ways.
+template <class Variant, class Run>
+Status with_kernel_at_once(const char* op, Way way, std::int64_t width, Run&& run) {
+  if constexpr (kCanBeAtOnce<Variant>) {
+    return dispatch<Variant::kGradients>(op, width, [&]<int kIndex>() {
+      if constexpr (kCanBeInTurns<Variant>) {
+        if (way == Way::kAtOnceInTurns) {
+          return run.template operator()<AllGradientsInTurnsKernel<Variant, kIndex>>();
+        }
+      }
+      return run.template operator()<AllGradientsKernel<Variant, kIndex>>();
+    });
+  } else {
+    return {};
+  }
+}
+
+template <class Variant>
+Status run_query_gradients(const char* op, const BackwardProblem<Variant>& problem, Stream stream) {
+  return dispatch<Variant::kQueryGradients>(op, row_width(problem.q, problem.v), [&]<int kIndex>() {
+    return launch_gradients<QueryGradientsKernel<Variant, kIndex>, false>(problem, stream);
+  });
+}
+
+template <class Variant>
+Status run_key_gradients(const char* op, const BackwardProblem<Variant>& problem, Stream stream) {
+  return dispatch<Variant::kKeyGradients>(op, row_width(problem.q, problem.v), [&]<int kIndex>() {
+    return launch_gradients<KeyGradientsKernel<Variant, kIndex>, true>(problem, stream);
+  });
+}
+
+// `of_queries` is the same problem with the schedule for query tiles, where another tiling of a grid suits these.
+template <class Variant, class OfQueries = Variant>
+Status run_backward(const char* op, const BackwardProblem<Variant>& problem,
+                    const BackwardProblem<OfQueries>& of_queries, Stream stream) {
+  const std::int64_t width = row_width(problem.q, problem.v);
+  if (const Way way = way_of<Variant>(problem, problem.k, width); way != Way::kByTwoKernels) {
+    return with_kernel_at_once<Variant>(
+        op, way, width, [&]<class Kernel>() { return launch_gradients<Kernel, true>(problem, stream); });
+  }
+  Status status;
+  if (problem.dq.data != nullptr || problem.dbias != nullptr) {
+    status = run_query_gradients(op, of_queries, stream);
+  }
+  if (status.ok() && (problem.dk.data != nullptr || problem.dv.data != nullptr || problem.dkey_bias != nullptr)) {
+    status = run_key_gradients(op, problem, stream);
+  }
+  return status;
+}
+
+template <class Variant>
+Status run_backward(const char* op, const BackwardProblem<Variant>& problem, Stream stream) {
+  return run_backward(op, problem, problem, stream);
+}
+
+// Bytes of workspace for `problem`, an op's; 0 if there is no kernel for it. The schedules are those of run_backward.
+template <class Variant, class OfQueries = Variant, class Problem>
+std::size_t backward_workspace(const Problem& problem, const typename Variant::Schedule& schedule,
+                               const typename OfQueries::Schedule& of_queries) {
+  const TensorView& q = forward_of(problem).q;
+  const std::int64_t width = row_width(q, forward_of(problem).v);
+  std::size_t bytes = 0;
+  const auto plan = [&]<class Kernel>(const auto& schedule) {
+    BackwardWorkspace workspace;
+    bytes = max_of(bytes, plan_workspace<Kernel>(q, schedule, nullptr, workspace));
+    return Status{};
+  };
+  if (const Way way = way_of<Variant>(problem, forward_of(problem).k, width); way != Way::kByTwoKernels) {
+    with_kernel_at_once<Variant>("", way, width,
+                                 [&]<class Kernel>() { return plan.template operator()<Kernel>(schedule); });
+    return bytes;
+  }
+  dispatch<OfQueries::kQueryGradients>("", width, [&]<int kIndex>() {
+    return plan.template operator()<QueryGradientsKernel<OfQueries, kIndex>>(of_queries);
+  });
+  dispatch<Variant::kKeyGradients>(
+      "", width, [&]<int kIndex>() { return plan.template operator()<KeyGradientsKernel<Variant, kIndex>>(schedule); });
+  return bytes;
+}
+
+template <class Variant, class Problem>
+std::size_t backward_workspace(const Problem& problem, const typename Variant::Schedule& schedule) {
+  return backward_workspace<Variant>(problem, schedule, schedule);
+}
+
+}  // namespace fastattn::sm90
