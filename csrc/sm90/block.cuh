@@ -9,10 +9,9 @@
 
 namespace fastattn::sm90 {
 
-// The first warp of the first warpgroup produces: produce(). Its second warp may assist(). The other warpgroups
-// consume: consume(warpgroup), numbered from 0, with the registers that the
-// first one has no use for. Before, one thread makes the barriers in shared
-// memory: init().
+// The first warp of the first warpgroup produces: produce(). Its second warp may help: assist(). The other warpgroups
+// consume: consume(warpgroup), numbered from 0, with the registers that the first one has no use for. Before, one
+// thread makes the barriers in shared memory: init().
 template <Config kConfig, class Init, class Produce, class Consume, class Assist>
 __device__ void divide_block(Init&& init, Produce&& produce, Consume&& consume, Assist&& assist) {
   if (threadIdx.x == 0) {

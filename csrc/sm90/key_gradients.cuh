@@ -125,17 +125,7 @@ struct KeyGradientKernel {
 
       wgmma::wait<1>();
       wgmma::pin(scores);
-      apply_to_scores<decltype(score.weight(0.f))>([&](auto&& step) {
-#pragma unroll
-        for (int j = 0; j < kTile.q / 8; ++j) {
-          const float2 lse2 = row_statistics<Score>(shared.lse2[stage], at.column(j));
-#pragma unroll
-          for (int i = 4 * j; i < 4 * j + 4; ++i) {
-            scores[i] =
-                step(score.weight(i % 2 == 0 ? lse2.x : lse2.y), params.modifier(scores[i], rows.bias_log2[i / 2 % 2]));
-          }
-        }
-      });
+      weigh(score, params.modifier, rows.bias_log2, shared.lse2[stage], at, scores);
       if constexpr (kPartial) {
         kept.apply(scores, 0.f);
       }

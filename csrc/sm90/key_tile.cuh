@@ -216,6 +216,23 @@ __device__ void store_key_gradient(const Params& params, KeyTileWork work, const
                       [&](int row) { return key_token(params, work, work.k_tile * Tile::kRows + first_row + row); });
 }
 
+// Makes weights of a transposed score tile; `bias_log2` are the terms of this thread's two keys.
+template <class Score, class Modifier, int kQueries, int kCount>
+__device__ void weigh(const Score& score, const Modifier& modifier, const float (&bias_log2)[2],
+                      const float (&lse2)[kQueries], AccumulatorThread at, float (&scores)[kCount]) {
+  apply_to_scores<decltype(score.weight(0.f))>([&](auto&& step) {
+#pragma unroll
+    for (int j = 0; j < kCount / 4; ++j) {
+      const float2 of_queries = row_statistics<Score>(lse2, at.column(j));
+#pragma unroll
+      for (int i = 4 * j; i < 4 * j + 4; ++i) {
+        scores[i] =
+            step(score.weight(i % 2 == 0 ? of_queries.x : of_queries.y), modifier(scores[i], bias_log2[i / 2 % 2]));
+      }
+    }
+  });
+}
+
 // Of this thread's two keys in one head: the terms of their scores, and the sums of these scores' gradients.
 struct KeyBiasRows {
   float bias_log2[2] = {}, gradient[2] = {};

@@ -88,19 +88,26 @@ struct WideKeyGradientKernel {
     } while (!run.last);
   }
 
+  // The first product of the tile at `at`, once it is there. Where there is none, of whatever lies there; nothing reads
+  // it.
+  template <class QueryRing>
+  static __device__ void issue_first(QueryRing& ring, const KeyTile& keys, const QueryTile (&queries)[kStages],
+                                     Position at, bool exists, float (&product)[kTile.q / 2]) {
+    if (exists) {
+      ring.wait(at);
+    }
+    wgmma::pin(product);
+    wgmma::fence();
+    wgmma::multiply<Element, kHeadDim>(keys.k_major(), queries[at.stage].k_major(), product, false);
+    wgmma::commit();
+  }
+
   static __device__ void sum_values(const Params& params, Shared& shared, KeyTileWork work) {
     const int thread = threadIdx.x % kWarpgroupThreads;
     const AccumulatorThread at(thread);
     float dv[kHeadDim / 2] = {}, scores[kTile.q / 2];
-    // Where there is no next tile, it multiplies whatever lies there, and nothing reads it.
     const auto issue = [&](Position at, bool exists = true) {
-      if (exists) {
-        shared.q_ring.wait(at);
-      }
-      wgmma::pin(scores);
-      wgmma::fence();
-      wgmma::multiply<Element, kHeadDim>(shared.k.k_major(), shared.q[at.stage].k_major(), scores, false);
-      wgmma::commit();
+      issue_first(shared.q_ring, shared.k, shared.q, at, exists, scores);
     };
     Score score = params.score;
     KeyBiasRows rows;
@@ -126,17 +133,7 @@ struct WideKeyGradientKernel {
       }
       wgmma::wait<0>();
       wgmma::pin(scores);
-      apply_to_scores<decltype(score.weight(0.f))>([&](auto&& step) {
-#pragma unroll
-        for (int j = 0; j < kTile.q / 8; ++j) {
-          const float2 lse2 = row_statistics<Score>(shared.lse2[stage], at.column(j));
-#pragma unroll
-          for (int i = 4 * j; i < 4 * j + 4; ++i) {
-            scores[i] =
-                step(score.weight(i % 2 == 0 ? lse2.x : lse2.y), params.modifier(scores[i], rows.bias_log2[i / 2 % 2]));
-          }
-        }
-      });
+      weigh(score, params.modifier, rows.bias_log2, shared.lse2[stage], at, scores);
       shared.q_ring.release(position);
       if constexpr (kPartial) {
         kept.apply(scores, 0.f);
@@ -172,13 +169,7 @@ struct WideKeyGradientKernel {
     const AccumulatorThread at(thread);
     float dk[kHeadDim / 2] = {}, dscores[kTile.q / 2];
     const auto issue = [&](Position at, bool exists = true) {
-      if (exists) {
-        shared.dout_ring.wait(at);
-      }
-      wgmma::pin(dscores);
-      wgmma::fence();
-      wgmma::multiply<Element, kHeadDim>(shared.v.k_major(), shared.dout[at.stage].k_major(), dscores, false);
-      wgmma::commit();
+      issue_first(shared.dout_ring, shared.v, shared.dout, at, exists, dscores);
     };
     Score score = params.score;
     KeyBiasRows rows;
