@@ -43,4 +43,30 @@ __device__ void divide_block(Init&& init, Produce&& produce, Consume&& consume) 
   divide_block<kConfig>(init, produce, consume, [] {});
 }
 
+// The consumers' turns at the tensor cores, one after the other, so that one multiplies while another computes weights.
+// Named barrier kFirstBarrier + i is warpgroup i's permission.
+template <int kWarpgroups, int kFirstBarrier>
+struct WarpgroupTurns {
+  static constexpr int kThreads = 2 * kWarpgroupThreads;
+  int mine;
+
+  __device__ explicit WarpgroupTurns(int warpgroup) : mine(kFirstBarrier + warpgroup) {
+    if (warpgroup == kWarpgroups - 1) {
+      pass();  // the first warpgroup goes first
+    }
+  }
+  __device__ void wait() const { cutlass::arch::NamedBarrier::sync(kThreads, mine); }
+  __device__ void pass() const {
+    int next;
+    asm volatile("add.s32 %0, %1, 1;" : "=r"(next) : "r"(mine));  // anew each time: registers are short
+    cutlass::arch::NamedBarrier::arrive(kThreads, next < kFirstBarrier + kWarpgroups ? next : kFirstBarrier);
+  }
+  // Takes the permission that is left over: a block whose barrier is half full never ends.
+  __device__ void finish() const {
+    if (mine == kFirstBarrier) {
+      wait();
+    }
+  }
+};
+
 }  // namespace fastattn::sm90

@@ -125,30 +125,7 @@ struct ForwardKernel {
     RingPosition<kStages> k, v;
   };
 
-  // The warpgroups' turns at the tensor cores: named barrier i is warpgroup i's permission.
-  struct Turns {
-    static constexpr int kFirstBarrier = kWarpgroups;  // the ones before it are the epilogue's
-    static constexpr int kThreads = 2 * kWarpgroupThreads;
-    int mine;
-
-    __device__ explicit Turns(int warpgroup) : mine(kFirstBarrier + warpgroup) {
-      if (warpgroup == kWarpgroups - 1) {
-        pass();  // the first warpgroup goes first
-      }
-    }
-    __device__ void wait() const { cutlass::arch::NamedBarrier::sync(kThreads, mine); }
-    __device__ void pass() const {
-      int next;
-      asm volatile("add.s32 %0, %1, 1;" : "=r"(next) : "r"(mine));  // anew each time: registers are short
-      cutlass::arch::NamedBarrier::arrive(kThreads, next < kFirstBarrier + kWarpgroups ? next : kFirstBarrier);
-    }
-    // Takes the permission that is left over, so that no barrier ends half full.
-    __device__ void finish() const {
-      if (mine == kFirstBarrier) {
-        wait();
-      }
-    }
-  };
+  using Turns = WarpgroupTurns<kWarpgroups, kWarpgroups>;  // the barriers before these are the epilogue's
 
   static __device__ void run(const Params& params) {
     if constexpr (requires { Variant::Epilogue::kContinues; }) {

@@ -20,6 +20,7 @@
 #include "fastattn/schedule/schedule.hpp"
 #include "sm90/accumulator.cuh"
 #include "sm90/backward.cuh"
+#include "sm90/block.cuh"
 #include "sm90/config.hpp"
 #include "sm90/key_tile.cuh"
 #include "sm90/ring.cuh"
@@ -51,6 +52,12 @@ struct KeyGradientKernel {
   // Is dQ that of the tile before? A score whose bias has a gradient leaves too few registers: its products would be
   // serialised.
   static constexpr bool kTileBehind = kSumsQueries && !Score::kBiasGradient;
+  // Warpgroups take turns from P and dS on until the tile's first product with them is issued; those of long rows,
+  // which compute fewer of them, from there on until dV is. Where one needs the other's dS of the same tile, turns are
+  // vain.
+  static constexpr bool kTakesTurns = kTileBehind || !kSumsQueries;
+  static constexpr bool kTurnsAtProducts = kTakesTurns && kHeadDim > 64;
+  static constexpr bool kTurnsAtWeights = kTakesTurns && !kTurnsAtProducts;
   using Params = BackwardParams<Variant>;
   using Position = RingPosition<kStages>;
   using KeyTile = SharedTile<Element, kTile.k, kHeadDim>;
@@ -97,6 +104,7 @@ struct KeyGradientKernel {
     Position position;
 
     wait_for(shared.kv_full, 0);
+    const WarpgroupTurns<kWarpgroups, 1 + kWarpgroups> turns(warpgroup);
     Announcement run{};
     Score score = params.score;
     [[maybe_unused]] const int first_slot = work.k_tile * kTile.k + shared_row;
@@ -125,6 +133,9 @@ struct KeyGradientKernel {
 
       wgmma::wait<1>();
       wgmma::pin(scores);
+      if constexpr (kTurnsAtWeights) {
+        turns.wait();
+      }
       weigh(score, params.modifier, rows.bias_log2, shared.lse2[stage], at, scores);
       if constexpr (kPartial) {
         kept.apply(scores, 0.f);
@@ -162,15 +173,24 @@ struct KeyGradientKernel {
       pack<Element>(scores, weights_operand);
       pack<Element>(dscores, dscores_operand);
 
+      if constexpr (kTurnsAtProducts) {
+        turns.wait();
+      }
       [[maybe_unused]] float dq[kPiece / 2];
       if constexpr (kTileBehind) {
         multiply_keys(shared, position.before(), piece_row, piece_column, dq);
+      }
+      if constexpr (kTurnsAtWeights && kTileBehind) {
+        turns.pass();
       }
       wgmma::pin(dv);
       wgmma::pin(weights_operand);
       wgmma::fence();
       wgmma::multiply<Element, Element>(weights_operand, shared.dout[stage].mn_major(), dv, true);
       wgmma::commit();
+      if constexpr (kTurnsAtProducts || (kTurnsAtWeights && !kTileBehind)) {
+        turns.pass();
+      }
       if constexpr (kSumsQueries) {
         store_packed(dscores_operand, shared.dscores[position.slot()], shared_row, thread);
         publish_shared();
@@ -216,6 +236,7 @@ struct KeyGradientKernel {
       }
       for_each_tile(run, step);
     } while (!run.last);
+    turns.finish();
     if constexpr (kModified) {
       rows.end(params, work, head, first_slot, at);
     }

@@ -32,6 +32,8 @@ struct QueryGradientKernel {
   static_assert(kTile.q == kWarpgroups * kWarpgroupRows);
 
   static constexpr bool kModified = Variant::Modifier::kExists;
+  // Warpgroups take turns at issuing S and dP, or dQ: the better of the two for each head_dim (attention.md).
+  static constexpr bool kTurnsAtScores = kHeadDim == 128;
 
   using Element = typename Variant::Element;
   using Score = typename Variant::Score;
@@ -135,6 +137,8 @@ struct QueryGradientKernel {
     RingPosition<kStages> k_at;
     RingPosition<kValueStages> v_at;
 
+    const WarpgroupTurns<kWarpgroups, 1 + kWarpgroups> turns(warpgroup);
+
     // The term of the key in whose column register i of the scores is.
     const auto bias_of = [&](int k_tile, int i) {
       if constexpr (kModified) {
@@ -150,6 +154,9 @@ struct QueryGradientKernel {
       std::uint32_t operand[kTile.k / 4];
       constexpr bool kPartial = coverage() == Coverage::kPartial;
       shared.k_ring.wait(k_at);
+      if constexpr (kTurnsAtScores) {
+        turns.wait();
+      }
       wgmma::pin(scores);
       wgmma::fence();
       wgmma::multiply<Element, kHeadDim>(shared.q.k_major(first_row), shared.k[k_at.stage].k_major(), scores, false);
@@ -160,6 +167,9 @@ struct QueryGradientKernel {
       wgmma::multiply<Element, kHeadDim>(shared.dout.k_major(first_row), shared.v[v_at.stage].k_major(), dscores,
                                          false);
       wgmma::commit();
+      if constexpr (kTurnsAtScores) {
+        turns.pass();
+      }
       KeptBits kept;
       if constexpr (kPartial) {
         const auto schedule = params.schedule.at(work.sequence, work.head);
@@ -204,11 +214,17 @@ struct QueryGradientKernel {
         }
       }
       pack<Element>(dscores, operand);
+      if constexpr (!kTurnsAtScores) {
+        turns.wait();
+      }
       wgmma::pin(dq);
       wgmma::pin(operand);
       wgmma::fence();
       wgmma::multiply<Element, Element>(operand, shared.k[k_at.stage].mn_major(), dq, true);
       wgmma::commit();
+      if constexpr (!kTurnsAtScores) {
+        turns.pass();
+      }
       wgmma::wait<0>();
       wgmma::pin(dq);
       wgmma::pin(operand);
@@ -221,6 +237,7 @@ struct QueryGradientKernel {
       run = shared.k_ring.next(k_at);
       for_each_tile(run, step);
     } while (!run.last);
+    turns.finish();
 
     if constexpr (Score::kBiasGradient) {
 #pragma unroll
