@@ -19,9 +19,10 @@ struct KeyTileWork {
   bool exists;
 
   template <class Params>
-  __device__ KeyTileWork(const Params& params, TileShape tile, bool last_first) {
-    const WorkOrder::Place place = params.order.at(static_cast<int>(blockIdx.x));
-    const int rank = last_first ? params.order.tiles - 1 - place.rank : place.rank;
+  __device__ KeyTileWork(const Params& params, TileShape tile, bool in_turns) {
+    const int block = static_cast<int>(blockIdx.x);
+    const WorkOrder::Place place = in_turns ? params.order.at_in_turns(block) : params.order.at(block);
+    const int rank = in_turns ? params.order.tiles - 1 - place.rank : place.rank;
     const SequenceKeyTile at = sequence_key_tile(params.schedule, place.head / params.kv_heads, rank, tile);
     k_tile = at.k_tile;
     kv_head = place.head % params.kv_heads;

@@ -118,7 +118,8 @@ Status launch_gradients(const BackwardProblem<Variant>& problem, Stream stream) 
   const int tiles = kOwnsKeys ? num_k_tiles(problem.schedule, kTile) : params.q_tiles;
   // Bytes that all tiles of a head stream: of Q and dO, or of K and V.
   const std::int64_t streamed = (kOwnsKeys ? problem.q.seq() : problem.k.seq()) * Kernel::kHeadDim * 4;
-  params.order = work_order(heads, tiles, num_multiprocessors(), streamed, 1);
+  params.order = Kernel::kInTurns ? order_in_turns(heads, tiles, num_multiprocessors())
+                                  : work_order(heads, tiles, num_multiprocessors(), streamed, 1);
   MapEncoder encode;
   encode(problem.q, schedule.query_box(kTile), params.q, Kernel::QueryTile::kRowBytes);
   encode(problem.dout, schedule.query_box(kTile), params.dout, Kernel::QueryTile::kRowBytes);

@@ -11,10 +11,14 @@ namespace fastattn::sm90 {
 // the most queries), and the short ones then fill the gaps at the end. Heads come one after the other, so that blocks
 // read the same rows at the same time; but the last heads are taken together, all their longest tiles first, for there
 // is nothing after them to fill gaps with.
+//
+// Where a tile waits for the one before it in a head, those of one rank are taken together for some heads: as many as
+// are under way anyway, so that the next ones come when it is their turn (`at_in_turns`).
 struct WorkOrder {
   int heads;  // of all batch entries
   int tiles;  // of a head
   int last_heads;
+  int heads_in_turns = 1;
 
   struct Place {
     int head, rank;  // rank 0 is the longest tile
@@ -25,6 +29,11 @@ struct WorkOrder {
     const int first_of_last = heads - last_heads, within = index - first_of_last * tiles;
     return within < 0 ? Place{index / tiles, index % tiles}
                       : Place{first_of_last + within % last_heads, within / last_heads};
+  }
+  FASTATTN_HD constexpr Place at_in_turns(int index) const {
+    const int first = index / (tiles * heads_in_turns) * heads_in_turns, within = index - first * tiles;
+    const int together = min_of(heads_in_turns, heads - first);
+    return {first + within % together, within / together};
   }
 };
 
@@ -37,6 +46,11 @@ constexpr WorkOrder work_order(std::int64_t heads, int tiles, std::int64_t block
   const std::int64_t wanted = ceil_div<std::int64_t>(kWorksOfBlock * blocks, max_of(tiles, 1));
   const std::int64_t last = max_of<std::int64_t>(min_of(min_of(wanted, cached), heads), min_of<std::int64_t>(heads, 1));
   return {static_cast<int>(heads), tiles, static_cast<int>(last)};
+}
+
+// For works in turns.
+constexpr WorkOrder order_in_turns(std::int64_t heads, int tiles, std::int64_t blocks) {
+  return {static_cast<int>(heads), tiles, 0, static_cast<int>(ceil_div<std::int64_t>(blocks, max_of(tiles, 1)))};
 }
 
 }  // namespace fastattn::sm90

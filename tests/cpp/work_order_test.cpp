@@ -1,9 +1,11 @@
 // The order of tiles: all of them, once, the longest first where it matters.
 #include "sm90/work_order.hpp"
 
+#include <algorithm>
 #include <set>
 #include <string>
 #include <utility>
+#include <vector>
 
 #include "check.hpp"
 
@@ -53,6 +55,24 @@ const Test cached("work order: no more heads at the end than the cache has room 
   check(work_order(16, 256, 132, 17 << 20, 1).last_heads == 1, "one of 17 MB");
   check(work_order(16, 256, 132, 100 << 20, 1).last_heads == 1, "one that has no room");
   check(work_order(0, 4, 0, 1, 1).last_heads == 0 && work_order(4, 0, 0, 1, 1).count() == 0, "none");
+});
+
+const Test in_turns("work order: in turns each tile once, and after all that it waits for", [] {
+  for (const int heads : {1, 2, 7, 64, 131}) {
+    for (const int tiles : {1, 4, 32, 133}) {
+      const WorkOrder order = order_in_turns(heads, tiles, 132);
+      const std::string what = std::to_string(heads) + " heads of " + std::to_string(tiles) + " tiles";
+      std::vector<int> next_rank(heads, 0), last_index(heads, -1);
+      for (int i = 0; i < order.count(); ++i) {
+        const auto [head, rank] = order.at_in_turns(i);
+        check(0 <= head && head < heads && rank == next_rank[head]++, what + ": a head's tiles in their order");
+        const int apart = min_of(ceil_div(132, tiles), heads - head / ceil_div(132, tiles) * ceil_div(132, tiles));
+        check(rank == 0 || i - last_index[head] == apart, what + ": other heads' tiles between two of one head");
+        last_index[head] = i;
+      }
+      check(std::ranges::all_of(next_rank, [&](int rank) { return rank == tiles; }), what + ": all");
+    }
+  }
 });
 
 }  // namespace
