@@ -167,6 +167,8 @@ const AddOp<AttentionCase, AttentionProblem> kOp{
         "b2_s200_h80_d128_causal",
         "b1_s200x333_h4_kv2_d128_causal",
         "b1_s257_h2_d128_window100",
+        "b1_s300_h8_kv1_d64_causal",
+        "b1_s300_h8_kv1_d128_causal",
         "b1_s300x333_h4_kv2_d32_causal",
         "b1_s257_h2_d96_window100",
         "b1_s200x333_h4_kv2_d192_causal",

@@ -79,6 +79,10 @@ CASES = [
     Case(300, 90, window=(10, 10), kv_heads=2),  # queries before and after the keys see nothing
     Case(257, 384, head_dim=128, kv_heads=2, causal=True),
     Case(384, 257, head_dim=128, kv_heads=2, window=(100, 20)),
+    # On a GPU dK and dV of so large groups are sums in memory.
+    Case(257, 250, heads=8, kv_heads=1, causal=True),
+    Case(300, 257, heads=16, kv_heads=2, head_dim=128, window=(100, 20)),
+    Case(257, 250, heads=8, kv_heads=1, head_dim=72),
     Case(600, 650, heads=8, kv_heads=8),  # the wide tiles of a CPU's backward
     Case(650, 600, heads=16, kv_heads=8, causal=True),
     Case(70, 90, scale=0.02),

@@ -35,6 +35,7 @@ struct BackwardWorkspace {
   float* delta;  // likewise: Σ(out · dout) − dlse, or the row's share of the gradient of a score's bias
   float* dq;     // [batch, heads, query tiles, warpgroups, 8, 128, 4]: 64 × 64 pieces in register order; null: no sums
   int* turns;    // [batch, heads, query tiles]: how many key tiles have added to a query tile; null: not in turns
+  float* keys = nullptr;  // sums of dK, then of dV: [2, batch, kv_heads, key tiles, pieces, 8, 128, 4]; null: no sums
 };
 
 template <class Variant>
@@ -51,9 +52,13 @@ struct BackwardParams {
   int num_keys;      // of the tensors
   BackwardWorkspace workspace;
   int heads, kv_heads, heads_per_kv_head;
+  int heads_per_block;  // of those that share a key head: all, or one, if dK and dV are sums in memory
+  int num_batch;
   int q_tiles;      // of a head
   WorkOrder order;  // of the tiles that thread blocks own
 };
+
+inline constexpr int kPiece = 64;  // sums in memory are of 64 × 64 pieces, one of a warpgroup
 
 // A kernel that is one of the structs above.
 template <class Kernel>
@@ -176,29 +181,61 @@ __global__ void sum_bias_kernel(const __grid_constant__ BiasParams params) {
   }
 }
 
+// Rounds a piece of sums, times `scale`, and puts it back in row order; rows that are blind, of a thread's two, are 0.
+template <class Element, class TokenOf>
+__device__ void finish_piece(const float* sums, float scale, const bool (&is_blind)[2], const TensorView& to,
+                             std::int64_t batch, std::int64_t head, int first_column, TokenOf&& token_of) {
+  __shared__ SharedTile<Element, kPiece, kPiece> staging;
+  float value[kPiece / 2];
+#pragma unroll
+  for (int j = 0; j < kPiece / 8; ++j) {
+    const float4 sum = *reinterpret_cast<const float4*>(sums + (j * kWarpgroupThreads + threadIdx.x) * 4);
+    value[4 * j] = is_blind[0] ? 0.f : sum.x * scale;
+    value[4 * j + 1] = is_blind[0] ? 0.f : sum.y * scale;
+    value[4 * j + 2] = is_blind[1] ? 0.f : sum.z * scale;
+    value[4 * j + 3] = is_blind[1] ? 0.f : sum.w * scale;
+  }
+  store_rows<Element>(value, staging, 0, threadIdx.x, 0, to, batch, head, first_column, token_of);
+}
+
 template <class Schedules>
 struct FinishParams {
-  TensorView dq;
+  TensorView dq, dk, dv;
   BackwardWorkspace workspace;
   Schedules schedule;
   float scale;
-  int q_tiles;
+  int q_tiles, k_tiles;
 };
 
-// dQ = scale · the sums, rounded and back in row order; one block per 64 × 64 piece. A row that sees nothing has 0: its
-// sums are of 0 times keys, which may be NaN.
-template <class Element, class Kernel, class Schedules>
+// dK = scale · the sums, and dV; one block per piece.
+template <class Kernel, class Schedules>
+__global__ void finish_keys_kernel(const __grid_constant__ FinishParams<Schedules> params) {
+  constexpr int kAcross = Kernel::kHeadDim / kPiece, kPieces = Kernel::kWarpgroups * kAcross;
+  const int piece = static_cast<int>(blockIdx.x) % kPieces;
+  const std::int64_t tile = blockIdx.x / kPieces, heads = params.dk.heads();
+  const std::int64_t head = tile / params.k_tiles % heads, batch = tile / params.k_tiles / heads % params.dk.batch();
+  const bool of_values = tile / params.k_tiles / heads >= params.dk.batch();
+  const SequenceKeyTile at = sequence_key_tile(params.schedule, static_cast<int>(batch),
+                                               static_cast<int>(tile % params.k_tiles), Kernel::kTile);
+  const auto slots = slots_of(params.schedule, at.sequence);
+  const int first_slot = at.k_tile * Kernel::kTile.k + piece / kAcross * kPiece;
+  finish_piece<typename Kernel::Element>(
+      params.workspace.keys + std::int64_t{blockIdx.x} * (kPiece * kPiece), of_values ? 1.f : params.scale,
+      {false, false}, of_values ? params.dv : params.dk, batch_of(params.schedule, at.sequence), head,
+      piece % kAcross * kPiece, [&](int row) { return slots.key_token(first_slot + row); });
+}
+
+// dQ = scale · the sums; one block per piece. A row that sees nothing has 0: its sums are of 0 times keys, which may be
+// NaN.
+template <class Kernel, class Schedules>
 __global__ void finish_kernel(const __grid_constant__ FinishParams<Schedules> params) {
-  constexpr int kPiece = Kernel::kPiece;
-  __shared__ SharedTile<Element, kPiece, kPiece> staging;
   const int warpgroup = blockIdx.x % Kernel::kWarpgroups;
   const std::int64_t tile = blockIdx.x / Kernel::kWarpgroups;
   const int q_tile = static_cast<int>(tile % params.q_tiles);
   const std::int64_t heads = params.dq.heads(), head = tile / params.q_tiles % heads;
   const std::int64_t batch = tile / params.q_tiles / heads;
-  const int first_row = q_tile * Kernel::kTile.q + warpgroup % Kernel::kRowPieces * kPiece;
-  const int first_column = warpgroup / Kernel::kRowPieces * kPiece;
-  const float* piece = params.workspace.dq + std::int64_t{blockIdx.x} * (kPiece * kPiece);
+  const SequenceTile place = sequence_tile(params.schedule, static_cast<int>(batch), q_tile, Kernel::kTile);
+  const int first_row = warpgroup % Kernel::kRowPieces * kPiece;  // of the tile
 
   const AccumulatorThread at(static_cast<int>(threadIdx.x));
   bool is_blind[2] = {};
@@ -206,24 +243,18 @@ __global__ void finish_kernel(const __grid_constant__ FinishParams<Schedules> pa
   for (int h = 0; h < 2; ++h) {
     const int row = first_row + at.row(h);
     if constexpr (Kernel::Score::kRowStatistics) {
-      is_blind[h] = params.workspace.lse2[tile / params.q_tiles * params.q_tiles * Kernel::kTile.q + row] == kInfinity;
+      is_blind[h] = params.workspace.lse2[tile * Kernel::kTile.q + row] == kInfinity;
     }
-    if constexpr (requires { params.schedule.slots().is_blind(row); }) {  // a sink's log-sum-exp does not tell
-      is_blind[h] |= params.schedule.at(static_cast<int>(batch), static_cast<int>(head)).is_blind(row);
+    if constexpr (requires { slots_of(params.schedule, 0).is_blind(row); }) {  // a sink's log-sum-exp does not tell
+      is_blind[h] |=
+          params.schedule.at(place.sequence, static_cast<int>(head)).is_blind(place.q_tile * Kernel::kTile.q + row);
     }
   }
-  float dq[kPiece / 2];
-#pragma unroll
-  for (int j = 0; j < kPiece / 8; ++j) {
-    const float4 sum = *reinterpret_cast<const float4*>(piece + (j * kWarpgroupThreads + threadIdx.x) * 4);
-    dq[4 * j] = is_blind[0] ? 0.f : sum.x * params.scale;
-    dq[4 * j + 1] = is_blind[0] ? 0.f : sum.y * params.scale;
-    dq[4 * j + 2] = is_blind[1] ? 0.f : sum.z * params.scale;
-    dq[4 * j + 3] = is_blind[1] ? 0.f : sum.w * params.scale;
-  }
-  const auto schedule = params.schedule.slots();
-  store_rows<Element>(dq, staging, 0, threadIdx.x, 0, params.dq, batch, head, first_column,
-                      [&](int row) { return schedule.query_token(first_row + row); });
+  const auto slots = slots_of(params.schedule, place.sequence);
+  finish_piece<typename Kernel::Element>(
+      params.workspace.dq + std::int64_t{blockIdx.x} * (kPiece * kPiece), params.scale, is_blind, params.dq,
+      batch_of(params.schedule, place.sequence), head, warpgroup / Kernel::kRowPieces * kPiece,
+      [&](int row) { return slots.query_token(place.q_tile, first_row + row, Kernel::kTile); });
 }
 
 }  // namespace fastattn::sm90

@@ -33,13 +33,13 @@ template <class Variant, Config kConfig_, QuerySums kQuerySums>
 struct KeyGradientKernel {
   static constexpr bool kSumsQueries = kQuerySums != QuerySums::kNone, kSumsBias = false;
   static constexpr bool kInTurns = kQuerySums == QuerySums::kInTurns;
+  static constexpr bool kMaySumKeys = kQuerySums == QuerySums::kInAnyOrder;
   static constexpr Config kConfig = kConfig_;
   static constexpr TileShape kTile = kConfig.tile;
   static constexpr TileShape kTransposed = {kTile.k, kTile.q};
   static constexpr int kHeadDim = kConfig.head_dim;
   static constexpr int kStages = kConfig.stages;
   static constexpr int kWarpgroups = kConfig.warpgroups;
-  static constexpr int kPiece = 64;  // dQ is computed in 64 × 64 pieces, one per warpgroup
   static constexpr int kRowPieces = kTile.q / kPiece;
   static_assert(kTile.k == kWarpgroups * kWarpgroupRows);
   static_assert(!kSumsQueries || (kRowPieces * (kHeadDim / kPiece) == kWarpgroups && kStages >= 2));
@@ -241,7 +241,8 @@ struct KeyGradientKernel {
       rows.end(params, work, head, first_slot, at);
     }
 
-    // Epilogue: dQ of the last tile; then dK and dV take the place of K and V, once no warpgroup reads them any more.
+    // Epilogue: dQ of the last tile; then dK and dV take the place of K and V, once no warpgroup reads them any more,
+    // or are added to the other heads'.
     if constexpr (kTileBehind) {
       float dq[kPiece / 2];
       const Position last = position.before();
@@ -249,6 +250,12 @@ struct KeyGradientKernel {
       wgmma::wait<0>();
       wgmma::pin(dq);
       add_piece(params, shared, last, warpgroup, thread, dq);
+    }
+    if constexpr (kMaySumKeys) {
+      if (params.workspace.keys != nullptr) {
+        add_key_gradients(params, work, dk, dv);
+        return;
+      }
     }
     if constexpr (kSumsQueries) {
       cutlass::arch::NamedBarrier::sync(kConsumers, 0);
@@ -269,7 +276,7 @@ struct KeyGradientKernel {
     wgmma::commit();
   }
 
-  // Adds a 64 × 64 accumulator to its place in global memory, if there is one: four registers of a thread at a time.
+  // Adds a 64 × 64 accumulator to its place in global memory, if there is one.
   static __device__ void add_piece(const Params& params, Shared& shared, Position at, int warpgroup, int thread,
                                    const float (&value)[kPiece / 2]) {
     const int tile = shared.sums[at.slot()];
@@ -279,14 +286,34 @@ struct KeyGradientKernel {
     if constexpr (kInTurns) {
       shared.turns.wait(at);
     }
-    float* const piece =
-        params.workspace.dq + (std::int64_t{tile} * kWarpgroups + warpgroup) * (kPiece * kPiece) + thread * 4;
-    [&]<int... j>(std::integer_sequence<int, j...>) {
-      (add_four<j * kWarpgroupThreads * 4>(piece, &value[4 * j]), ...);
-    }(std::make_integer_sequence<int, kPiece / 8>{});
+    add_all(params.workspace.dq + (std::int64_t{tile} * kWarpgroups + warpgroup) * (kPiece * kPiece), thread, value);
     if constexpr (kInTurns) {
       shared.turns.pass(at);
     }
+  }
+
+  // Adds this warpgroup's 64 rows of dK and dV to what other blocks have for the same key head.
+  static __device__ void add_key_gradients(const Params& params, KeyTileWork work, const float (&dk)[kHeadDim / 2],
+                                           const float (&dv)[kHeadDim / 2]) {
+    int index;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index));  // anew: among the products no register is left to keep it
+    const int thread = index % kWarpgroupThreads, warpgroup = index / kWarpgroupThreads - 1;
+    const auto rows_of = [&](int gradient) {
+      const std::int64_t head =
+          (std::int64_t{gradient} * params.num_batch + work.batch) * params.kv_heads + work.kv_head;
+      const std::int64_t tile = head * params.order.tiles + work.tile;
+      return params.workspace.keys + (tile * kWarpgroups + warpgroup) * (kWarpgroupRows * kHeadDim);
+    };
+    add_all(rows_of(0), thread, dk);
+    add_all(rows_of(1), thread, dv);
+  }
+
+  // Adds accumulators to sums in memory, in the order of their registers: four of a thread at a time.
+  template <int kCount>
+  static __device__ void add_all(float* sums, int thread, const float (&value)[kCount]) {
+    [&]<int... j>(std::integer_sequence<int, j...>) {
+      (add_four<j * kWarpgroupThreads * 4>(sums + thread * 4, &value[4 * j]), ...);
+    }(std::make_integer_sequence<int, kCount / 4>{});
   }
   template <int kOffset>
   static __device__ void add_four(float* to, const float* value) {

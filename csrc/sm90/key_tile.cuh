@@ -15,20 +15,24 @@
 namespace fastattn::sm90 {
 
 struct KeyTileWork {
+  int tile;  // among all of the head in this batch entry
   int k_tile, kv_head, sequence, batch;
+  int first_head;  // of queries
   bool exists;
 
   template <class Params>
-  __device__ KeyTileWork(const Params& params, TileShape tile, bool in_turns) {
+  __device__ KeyTileWork(const Params& params, TileShape shape, bool in_turns) {
     const int block = static_cast<int>(blockIdx.x);
     const WorkOrder::Place place = in_turns ? params.order.at_in_turns(block) : params.order.at(block);
-    const int rank = in_turns ? params.order.tiles - 1 - place.rank : place.rank;
-    const SequenceKeyTile at = sequence_key_tile(params.schedule, place.head / params.kv_heads, rank, tile);
+    const int blocks_of_heads = params.heads / params.heads_per_block;
+    tile = in_turns ? params.order.tiles - 1 - place.rank : place.rank;
+    const SequenceKeyTile at = sequence_key_tile(params.schedule, place.head / blocks_of_heads, tile, shape);
     k_tile = at.k_tile;
-    kv_head = place.head % params.kv_heads;
+    first_head = place.head % blocks_of_heads * params.heads_per_block;
+    kv_head = first_head / params.heads_per_kv_head;
     sequence = at.sequence;
     batch = batch_of(params.schedule, at.sequence);
-    exists = k_tile * tile.k < slots_of(params.schedule, sequence).num_k;
+    exists = k_tile * shape.k < slots_of(params.schedule, sequence).num_k;
   }
 };
 
@@ -58,8 +62,7 @@ struct Turns {
 // Calls visit(head, run) for the runs of query tiles that see a key tile, head after head.
 template <class Kernel, class Visit>
 __device__ void visit_queries(const typename Kernel::Params& params, KeyTileWork work, Visit&& visit) {
-  for (int i = 0; i < params.heads_per_kv_head; ++i) {
-    const int head = work.kv_head * params.heads_per_kv_head + i;
+  for (int head = work.first_head; head < work.first_head + params.heads_per_block; ++head) {
     auto cursor = params.schedule.at(work.sequence, head).transposed().runs(work.k_tile, Kernel::kTransposed);
     for (TileRun run; cursor.next(run);) {
       visit(head, run);

@@ -74,6 +74,27 @@ std::size_t plan_workspace(const TensorView& q, const Schedules& schedules, void
   return (sums + lse2 + delta + turns) * sizeof(float);
 }
 
+// Where dK and dV are to be summed, so that a thread block takes one query head's part in a key tile and not that of
+// all heads of a group; null: nowhere. That pays where there are too few key tiles for the chip, and where a group's
+// rows do not stay in the L2 cache: under a causal mask its blocks come to a head at different times (attention.md). dQ
+// leaves its place free until the end, and the sums lie there if they have room.
+template <class Kernel, class Variant>
+float* sums_of_keys(const BackwardProblem<Variant>& problem) {
+  if constexpr (Kernel::kMaySumKeys) {
+    constexpr std::int64_t kCachedBytes = 48 << 20;
+    const TensorView &q = problem.q, &k = problem.k, &dq = problem.dq;
+    const std::int64_t tiles = k.batch() * k.heads() * num_k_tiles(problem.schedule, Kernel::kTile);
+    const std::int64_t group = heads_per_kv_head(q, k);
+    const std::int64_t bytes_of_group = group * q.seq() * Kernel::kHeadDim * 8;  // Q, dO, and dQ in fp32
+    const bool pays = 2 * tiles < 3 * num_multiprocessors() || bytes_of_group > kCachedBytes;
+    constexpr std::int64_t kBytes = 2 * sizeof(float);
+    const bool has_room = kBytes * tiles * Kernel::kTile.k * Kernel::kHeadDim <= dq.size() * size_of(dq.dtype);
+    return group > 1 && pays && has_room && dq.is_contiguous() ? static_cast<float*>(dq.data) : nullptr;
+  } else {
+    return nullptr;
+  }
+}
+
 // lse2, delta and zeros where sums of dQ will be.
 template <class Kernel, class Variant>
 Status prepare(const BackwardProblem<Variant>& problem, const typename Kernel::Params& params, Stream stream) {
@@ -113,8 +134,11 @@ Status launch_gradients(const BackwardProblem<Variant>& problem, Stream stream) 
   params.heads = static_cast<int>(problem.q.heads());
   params.kv_heads = static_cast<int>(problem.k.heads());
   params.heads_per_kv_head = heads_per_kv_head(problem.q, problem.k);
+  params.num_batch = static_cast<int>(problem.q.batch());
   plan_workspace<Kernel>(problem.q, problem.schedule, problem.workspace, params.workspace);
-  const std::int64_t heads = problem.q.batch() * (kOwnsKeys ? problem.k.heads() : problem.q.heads());
+  params.workspace.keys = sums_of_keys<Kernel>(problem);
+  params.heads_per_block = kOwnsKeys && params.workspace.keys == nullptr ? max_of(params.heads_per_kv_head, 1) : 1;
+  const std::int64_t heads = problem.q.batch() * (params.heads / params.heads_per_block);
   const int tiles = kOwnsKeys ? num_k_tiles(problem.schedule, kTile) : params.q_tiles;
   // Bytes that all tiles of a head stream: of Q and dO, or of K and V.
   const std::int64_t streamed = (kOwnsKeys ? problem.q.seq() : problem.k.seq()) * Kernel::kHeadDim * 4;
@@ -127,6 +151,11 @@ Status launch_gradients(const BackwardProblem<Variant>& problem, Stream stream) 
   encode(problem.v, schedule.key_box(kTile), params.v, Kernel::KeyTile::kRowBytes);
 
   Status status = encode.status.ok() ? prepare<Kernel>(problem, params, stream) : encode.status;
+  const std::int64_t key_pieces = problem.k.batch() * problem.k.heads() * tiles * Kernel::kTile.k / kPiece *
+                                  (Kernel::kHeadDim / kPiece) * 2;  // of dK and dV
+  if (status.ok() && params.workspace.keys != nullptr) {
+    status = clear(params.workspace.keys, key_pieces * kPiece * kPiece * sizeof(float), stream);
+  }
   if (status.ok() && Kernel::kInTurns) {
     status = clear(params.workspace.turns, problem.q.batch() * params.heads * params.q_tiles * sizeof(int), stream);
   }
@@ -148,10 +177,15 @@ Status launch_gradients(const BackwardProblem<Variant>& problem, Stream stream) 
     }
   }
   if constexpr (Kernel::kSumsQueries) {
+    const FinishParams<Schedules> finish{problem.dq,       problem.dk,    problem.dv,     params.workspace,
+                                         problem.schedule, problem.scale, params.q_tiles, tiles};
+    if constexpr (Kernel::kMaySumKeys) {
+      if (status.ok() && params.workspace.keys != nullptr) {  // before dQ, which takes their place
+        status = launch(finish_keys_kernel<Kernel, Schedules>, key_pieces, kWarpgroupThreads, 0, stream, finish);
+      }
+    }
     if (status.ok()) {
-      const FinishParams<Schedules> finish{problem.dq, params.workspace, problem.schedule, problem.scale,
-                                           params.q_tiles};
-      status = launch(finish_kernel<typename Kernel::Element, Kernel, Schedules>,
+      status = launch(finish_kernel<Kernel, Schedules>,
                       problem.q.batch() * params.heads * params.q_tiles * Kernel::kWarpgroups, kWarpgroupThreads, 0,
                       stream, finish);
     }

@@ -24,6 +24,17 @@ struct TensorView {
   constexpr std::int64_t heads() const { return shape[2]; }
   constexpr std::int64_t head_dim() const { return shape[3]; }
   constexpr std::int64_t size() const { return shape[0] * shape[1] * shape[2] * shape[3]; }
+  // Without gaps: in the order of its shape, one element after the other.
+  constexpr bool is_contiguous() const {
+    std::int64_t expected = 1;
+    for (int axis = 3; axis >= 0; --axis) {
+      if (shape[axis] != 1 && stride[axis] != expected) {
+        return false;
+      }
+      expected *= shape[axis];
+    }
+    return true;
+  }
 
   // Row (b, s, h), head_dim elements long.
   template <class Element>
