@@ -11,7 +11,7 @@ namespace {
 constexpr const char* kOp = "varlen_attention_backward";
 
 template <class Element>
-struct Backward : SoftmaxOver<Element, SequenceBands>, sm90::NarrowGradientTiles {};
+struct Backward : SoftmaxOver<Element, SequenceBands>, sm90::WideGradientTiles {};
 
 }  // namespace
 
@@ -30,7 +30,9 @@ Status varlen_attention_backward(const VarlenAttentionBackward& problem, Stream 
 
 std::size_t varlen_attention_backward_workspace(const VarlenAttentionBackward& problem, Stream) {
   return sm90::with_element(problem.forward.attention.q.dtype, [&]<class Element>() {
-    return sm90::backward_workspace<Backward<Element>>(problem, bands_of(problem.forward));
+    const SequenceBands schedules = bands_of(problem.forward);
+    return problem.forward.attention.softcap != 0.f ? modified_backward_workspace<Element>(problem, schedules)
+                                                    : sm90::backward_workspace<Backward<Element>>(problem, schedules);
   });
 }
 
