@@ -78,9 +78,17 @@ def test_every_run_gives_the_same_bits(op: str, head_dim: int, device: str, dtyp
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("head_dim", [64, 128])
-@pytest.mark.parametrize("options", [{}, {"causal": True}, {"window": (100, 30)}, {"window": "of heads"}], ids=str)
-def test_key_tiles_take_turns(options: dict[str, Any], head_dim: int, repeats: int) -> None:
+@pytest.mark.parametrize(
+    ("op", "options"),
+    [
+        *(("attention", x) for x in ({}, {"causal": True}, {"window": (100, 30)}, {"window": "of heads"})),
+        ("sigmoid_attention", {"causal": True, "bias": -6.0}),
+    ],
+    ids=str,
+)
+def test_key_tiles_take_turns(op: str, options: dict[str, Any], head_dim: int, repeats: int) -> None:
     """So many of them that they do: every run gives the same bits, and but for rounding what any order gives."""
+    attend = getattr(fastattn, op)
     case = Case(500, 460, batch=32, heads=32, kv_heads=16, head_dim=head_dim)
     if options.get("window") == "of heads":
         options = {"window": (torch.arange(0, 320, 10, dtype=torch.int32, device="cuda"), 30)}
@@ -88,9 +96,9 @@ def test_key_tiles_take_turns(options: dict[str, Any], head_dim: int, repeats: i
     dout, _ = case.cotangents("cuda", torch.bfloat16)
 
     def gradients(deterministic: bool) -> tuple[Tensor, ...]:
-        return torch.autograd.grad(fastattn.attention(*inputs, **options, deterministic=deterministic), inputs, dout)
+        return torch.autograd.grad(attend(*inputs, **options, deterministic=deterministic), inputs, dout)
 
-    out = fastattn.attention(*inputs, **options, deterministic=True)
+    out = attend(*inputs, **options, deterministic=True)
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     first = torch.autograd.grad(out, inputs, dout)

@@ -52,7 +52,9 @@ struct BackwardParams {
   int num_keys;      // of the tensors
   BackwardWorkspace workspace;
   int heads, kv_heads, heads_per_kv_head;
-  int heads_per_block;  // of those that share a key head: all, or one, if dK and dV are sums in memory
+  int head_blocks;      // thread blocks of a tile and batch entry: one for each key head, or, if dK and dV are sums in
+                        // memory or the tile is of queries, for each query head
+  int heads_per_block;  // of queries
   int num_batch;
   int q_tiles;      // of a head
   WorkOrder order;  // of the tiles that thread blocks own

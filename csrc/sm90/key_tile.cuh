@@ -24,12 +24,12 @@ struct KeyTileWork {
   __device__ KeyTileWork(const Params& params, TileShape shape, bool in_turns) {
     const int block = static_cast<int>(blockIdx.x);
     const WorkOrder::Place place = in_turns ? params.order.at_in_turns(block) : params.order.at(block);
-    const int blocks_of_heads = params.heads / params.heads_per_block;
     tile = in_turns ? params.order.tiles - 1 - place.rank : place.rank;
-    const SequenceKeyTile at = sequence_key_tile(params.schedule, place.head / blocks_of_heads, tile, shape);
+    const SequenceKeyTile at = sequence_key_tile(params.schedule, place.head / params.head_blocks, tile, shape);
     k_tile = at.k_tile;
-    first_head = place.head % blocks_of_heads * params.heads_per_block;
-    kv_head = first_head / params.heads_per_kv_head;
+    const int head_block = place.head % params.head_blocks;
+    first_head = head_block * params.heads_per_block;
+    kv_head = params.heads_per_block == 1 ? head_block / params.heads_per_kv_head : head_block;
     sequence = at.sequence;
     batch = batch_of(params.schedule, at.sequence);
     exists = k_tile * shape.k < slots_of(params.schedule, sequence).num_k;

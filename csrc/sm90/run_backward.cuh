@@ -137,8 +137,9 @@ Status launch_gradients(const BackwardProblem<Variant>& problem, Stream stream) 
   params.num_batch = static_cast<int>(problem.q.batch());
   plan_workspace<Kernel>(problem.q, problem.schedule, problem.workspace, params.workspace);
   params.workspace.keys = sums_of_keys<Kernel>(problem);
-  params.heads_per_block = kOwnsKeys && params.workspace.keys == nullptr ? max_of(params.heads_per_kv_head, 1) : 1;
-  const std::int64_t heads = problem.q.batch() * (params.heads / params.heads_per_block);
+  params.head_blocks = kOwnsKeys && params.workspace.keys == nullptr ? params.kv_heads : params.heads;
+  params.heads_per_block = params.heads / max_of(params.head_blocks, 1);
+  const std::int64_t heads = problem.q.batch() * params.head_blocks;
   const int tiles = kOwnsKeys ? num_k_tiles(problem.schedule, kTile) : params.q_tiles;
   // Bytes that all tiles of a head stream: of Q and dO, or of K and V.
   const std::int64_t streamed = (kOwnsKeys ? problem.q.seq() : problem.k.seq()) * Kernel::kHeadDim * 4;
@@ -221,9 +222,19 @@ enum class Way { kAtOnce, kAtOnceInTurns, kByTwoKernels };
 template <class Variant>
 inline constexpr bool kCanBeAtOnce = requires { Variant::kGradients; };
 template <class Variant>
-inline constexpr bool kCanBeInTurns =
-    kCanBeAtOnce<Variant> && !Variant::Score::kBiasGradient &&
-    requires(typename Variant::Schedule schedule) { schedule.at(0, 0).last_k_tile(0, TileShape{}); };
+inline constexpr bool kCanBeInTurns = kCanBeAtOnce<Variant> && requires(typename Variant::Schedule schedule) {
+  schedule.at(0, 0).last_k_tile(0, TileShape{});
+};
+
+// Is the gradient of a score's bias wanted? It is summed in no certain order where key tiles take turns, too.
+template <class Problem>
+bool wants_bias_gradient(const Problem& problem) {
+  if constexpr (requires { problem.dbias; }) {
+    return problem.dbias != nullptr;
+  } else {
+    return false;
+  }
+}
 
 // The way for `problem`, of `k`, whose rows are `width` long.
 template <class Variant, class Problem>
@@ -238,7 +249,7 @@ Way way_of(const Problem& problem, const TensorView& k, std::int64_t width) {
       // it with 8 works for each multiprocessor, an eighth with 15 (H200). Two kernels take 1.2 to 1.4 times the time.
       constexpr std::int64_t kFewestWorks = 12;
       const std::int64_t works = k.batch() * k.heads() * ceil_div<std::int64_t>(k.seq(), Variant::kGradients[0].tile.k);
-      if (kCanBeInTurns<Variant> && works >= kFewestWorks * num_multiprocessors()) {
+      if (kCanBeInTurns<Variant> && !wants_bias_gradient(problem) && works >= kFewestWorks * num_multiprocessors()) {
         return Way::kAtOnceInTurns;
       }
     }
