@@ -10,8 +10,8 @@
 // always have one, and are all there is for long rows; each by itself is what is left to do where the other's gradients
 // are not wanted.
 //
-// Before them, `prepare_kernel` computes each row's delta; after sums in memory, `finish_kernel` scales these, rounds
-// them and puts them in order.
+// Before them, `prepare_kernel` computes each row's delta; after sums in memory, `finish_kernel` scales those of dQ,
+// rounds them and puts them in order, and `finish_keys_kernel` those of dK and dV.
 #pragma once
 
 #include <cstdint>

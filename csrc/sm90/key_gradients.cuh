@@ -1,6 +1,6 @@
 // Gradients of keys and values: a thread block owns a key tile, each of its warpgroups 64 keys. K and V stay in shared
 // memory, dK and dV in registers, while the block walks the query tiles that see the tile (the schedule, transposed),
-// for every query head that shares the key head:
+// for every query head that shares the key head, or for one of them, with dK and dV added up in memory:
 //
 //   Sᵀ = K Qᵀ, dPᵀ = V dOᵀ → P = weight(S), dS = score_gradient(P, dP) → dV += Pᵀ dO, dK += dSᵀ Q (, dQ += dS K)
 //
@@ -52,12 +52,13 @@ struct KeyGradientKernel {
   // Is dQ that of the tile before? A score whose bias has a gradient leaves too few registers: its products would be
   // serialised.
   static constexpr bool kTileBehind = kSumsQueries && !Score::kBiasGradient;
-  // Warpgroups take turns from P and dS on until the tile's first product with them is issued; those of long rows,
-  // which compute fewer of them, from there on until dV is. Where one needs the other's dS of the same tile, turns are
-  // vain.
+  // Warpgroups take turns, from P on, or with long rows, which have fewer weights, from the first product after dS on;
+  // until dV is issued, or, from P on, dQ, if that comes before. Where one needs the other's dS of the same tile, turns
+  // are vain.
   static constexpr bool kTakesTurns = kTileBehind || !kSumsQueries;
-  static constexpr bool kTurnsAtProducts = kTakesTurns && kHeadDim > 64;
-  static constexpr bool kTurnsAtWeights = kTakesTurns && !kTurnsAtProducts;
+  static constexpr bool kTurnsFromWeights = kTakesTurns && kHeadDim <= 64;
+  static constexpr bool kTurnsFromProducts = kTakesTurns && !kTurnsFromWeights;
+  static constexpr bool kTurnsUntilQueries = kTurnsFromWeights && kTileBehind;
   using Params = BackwardParams<Variant>;
   using Position = RingPosition<kStages>;
   using KeyTile = SharedTile<Element, kTile.k, kHeadDim>;
@@ -133,7 +134,7 @@ struct KeyGradientKernel {
 
       wgmma::wait<1>();
       wgmma::pin(scores);
-      if constexpr (kTurnsAtWeights) {
+      if constexpr (kTurnsFromWeights) {
         turns.wait();
       }
       weigh(score, params.modifier, rows.bias_log2, shared.lse2[stage], at, scores);
@@ -173,14 +174,14 @@ struct KeyGradientKernel {
       pack<Element>(scores, weights_operand);
       pack<Element>(dscores, dscores_operand);
 
-      if constexpr (kTurnsAtProducts) {
+      if constexpr (kTurnsFromProducts) {
         turns.wait();
       }
       [[maybe_unused]] float dq[kPiece / 2];
       if constexpr (kTileBehind) {
         multiply_keys(shared, position.before(), piece_row, piece_column, dq);
       }
-      if constexpr (kTurnsAtWeights && kTileBehind) {
+      if constexpr (kTurnsUntilQueries) {
         turns.pass();
       }
       wgmma::pin(dv);
@@ -188,7 +189,7 @@ struct KeyGradientKernel {
       wgmma::fence();
       wgmma::multiply<Element, Element>(weights_operand, shared.dout[stage].mn_major(), dv, true);
       wgmma::commit();
-      if constexpr (kTurnsAtProducts || (kTurnsAtWeights && !kTileBehind)) {
+      if constexpr (kTakesTurns && !kTurnsUntilQueries) {
         turns.pass();
       }
       if constexpr (kSumsQueries) {

@@ -8,6 +8,7 @@
 #include "fastattn/fastattn.hpp"
 #include "sm90/backward.cuh"
 #include "sm90/key_gradients.cuh"
+#include "sm90/key_sums.hpp"
 #include "sm90/launch.cuh"
 #include "sm90/query_gradients.cuh"
 #include "sm90/run.cuh"
@@ -74,27 +75,6 @@ std::size_t plan_workspace(const TensorView& q, const Schedules& schedules, void
   return (sums + lse2 + delta + turns) * sizeof(float);
 }
 
-// Where dK and dV are to be summed, so that a thread block takes one query head's part in a key tile and not that of
-// all heads of a group; null: nowhere. That pays where there are too few key tiles for the chip, and where a group's
-// rows do not stay in the L2 cache: under a causal mask its blocks come to a head at different times (attention.md). dQ
-// leaves its place free until the end, and the sums lie there if they have room.
-template <class Kernel, class Variant>
-float* sums_of_keys(const BackwardProblem<Variant>& problem) {
-  if constexpr (Kernel::kMaySumKeys) {
-    constexpr std::int64_t kCachedBytes = 48 << 20;
-    const TensorView &q = problem.q, &k = problem.k, &dq = problem.dq;
-    const std::int64_t tiles = k.batch() * k.heads() * num_k_tiles(problem.schedule, Kernel::kTile);
-    const std::int64_t group = heads_per_kv_head(q, k);
-    const std::int64_t bytes_of_group = group * q.seq() * Kernel::kHeadDim * 8;  // Q, dO, and dQ in fp32
-    const bool pays = 2 * tiles < 3 * num_multiprocessors() || bytes_of_group > kCachedBytes;
-    constexpr std::int64_t kBytes = 2 * sizeof(float);
-    const bool has_room = kBytes * tiles * Kernel::kTile.k * Kernel::kHeadDim <= dq.size() * size_of(dq.dtype);
-    return group > 1 && pays && has_room && dq.is_contiguous() ? static_cast<float*>(dq.data) : nullptr;
-  } else {
-    return nullptr;
-  }
-}
-
 // lse2, delta and zeros where sums of dQ will be.
 template <class Kernel, class Variant>
 Status prepare(const BackwardProblem<Variant>& problem, const typename Kernel::Params& params, Stream stream) {
@@ -136,15 +116,19 @@ Status launch_gradients(const BackwardProblem<Variant>& problem, Stream stream) 
   params.heads_per_kv_head = heads_per_kv_head(problem.q, problem.k);
   params.num_batch = static_cast<int>(problem.q.batch());
   plan_workspace<Kernel>(problem.q, problem.schedule, problem.workspace, params.workspace);
-  params.workspace.keys = sums_of_keys<Kernel>(problem);
+  const int multiprocessors = num_multiprocessors();
+  const int tiles = kOwnsKeys ? num_k_tiles(problem.schedule, kTile) : params.q_tiles;
+  if (Kernel::kMaySumKeys &&
+      sums_keys_in_memory(problem.q, problem.k, problem.dq, tiles, kTile.k, Kernel::kHeadDim, multiprocessors)) {
+    params.workspace.keys = static_cast<float*>(problem.dq.data);
+  }
   params.head_blocks = kOwnsKeys && params.workspace.keys == nullptr ? params.kv_heads : params.heads;
   params.heads_per_block = params.heads / max_of(params.head_blocks, 1);
   const std::int64_t heads = problem.q.batch() * params.head_blocks;
-  const int tiles = kOwnsKeys ? num_k_tiles(problem.schedule, kTile) : params.q_tiles;
   // Bytes that all tiles of a head stream: of Q and dO, or of K and V.
   const std::int64_t streamed = (kOwnsKeys ? problem.q.seq() : problem.k.seq()) * Kernel::kHeadDim * 4;
-  params.order = Kernel::kInTurns ? order_in_turns(heads, tiles, num_multiprocessors())
-                                  : work_order(heads, tiles, num_multiprocessors(), streamed, 1);
+  params.order = Kernel::kInTurns ? order_in_turns(heads, tiles, multiprocessors)
+                                  : work_order(heads, tiles, multiprocessors, streamed, 1);
   MapEncoder encode;
   encode(problem.q, schedule.query_box(kTile), params.q, Kernel::QueryTile::kRowBytes);
   encode(problem.dout, schedule.query_box(kTile), params.dout, Kernel::QueryTile::kRowBytes);
@@ -246,7 +230,8 @@ Way way_of(const Problem& problem, const TensorView& k, std::int64_t width) {
         return Way::kAtOnce;
       }
       // In turns long key tiles begin last under a causal mask, and the time of one is added to the whole: a quarter of
-      // it with 8 works for each multiprocessor, an eighth with 15 (H200). Two kernels take 1.2 to 1.4 times the time.
+      // it with 8 works for each multiprocessor, an eighth with 15 (H200, heads one after the other; not measured again
+      // since some are taken together). Two kernels take 1.2 to 1.4 times the time.
       constexpr std::int64_t kFewestWorks = 12;
       const std::int64_t works = k.batch() * k.heads() * ceil_div<std::int64_t>(k.seq(), Variant::kGradients[0].tile.k);
       if (kCanBeInTurns<Variant> && !wants_bias_gradient(problem) && works >= kFewestWorks * num_multiprocessors()) {

@@ -104,7 +104,7 @@ struct AttentionBackward {
   Attention forward;            // the problem, with the `out` and `lse` that it produced
   TensorView dout;              // like out
   const float* dlse = nullptr;  // like lse; null means zero
-  TensorView dq, dk, dv;        // like q, k, v
+  TensorView dq, dk, dv;        // like q, k, v; memory of their own, which may hold something else meanwhile
   float* dkey_bias = nullptr;   // [batch, heads, seq_k], contiguous: of each key's bias for each head; null: not wanted
   bool deterministic = false;   // the same bits every time; always so on a CPU
   void* workspace = nullptr;    // attention_backward_workspace(…) bytes, 256-byte aligned; on the CPU or on the device
