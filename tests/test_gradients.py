@@ -262,3 +262,41 @@ def test_a_bias_of_its_own_shape_gets_a_gradient_of_that(device, dtype) -> None:
         gradient = of(torch.zeros(shape, device=device))
         assert relative_error(gradient, expected.double().sum_to_size(shape)) < 1e-5
     assert relative_error(of(whole[:1, :1].expand(2, HEADS, 70)), expected) < 1e-6
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize(
+    ("op", "options"),
+    [("attention", {}), ("attention", {"window": (600, 600)}), ("sigmoid_attention", {"bias": -6.0})],
+    ids=str,
+)
+def test_key_tiles_that_are_left_over_are_shared(op: str, options: dict[str, Any], head_dim: int) -> None:
+    """Several thread blocks take one of these, and dk and dv are sums of theirs."""
+    multiprocessors = torch.cuda.get_device_properties("cuda").multi_processor_count
+    heads = multiprocessors // 8 + 1  # of eight key tiles
+    case = Case(1024, 1024, batch=1, heads=heads, kv_heads=heads, head_dim=head_dim)
+    inputs = case.inputs("cuda", torch.bfloat16)
+    dout, _ = case.cotangents("cuda", torch.bfloat16)
+
+    def gradients(function: Any, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        leaves = [x.to(dtype).requires_grad_() for x in inputs]
+        return torch.autograd.grad(function(*leaves, **options), leaves, dout.to(dtype))
+
+    def errors(results: tuple[Tensor, ...], exact: tuple[Tensor, ...]) -> list[float]:
+        """The largest of any tile of 128 tokens."""
+
+        def norms(x: Tensor) -> Tensor:
+            return x.double().unflatten(1, (8, 128)).norm(dim=(2, 4))
+
+        return [(norms(x - y) / norms(y)).max().item() for x, y in zip(results, exact, strict=True)]
+
+    ours, formula = getattr(fastattn, op), getattr(reference, op)
+    with torch.profiler.profile() as profile:
+        results = gradients(ours, torch.bfloat16)
+        torch.cuda.synchronize()
+    assert any("finish_keys_kernel" in event.key for event in profile.key_averages()), "none was shared"
+    exact = gradients(formula, torch.float64)
+    rivals = gradients(formula, torch.bfloat16)
+    for error, rival in zip(errors(results, exact), errors(rivals, exact), strict=True):
+        assert error <= 2 * rival + 1e-4

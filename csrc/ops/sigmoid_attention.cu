@@ -21,6 +21,12 @@ struct SigmoidBand : sm90::GradientTiles {
   using Modifier = sm90::NoModifier;
   static constexpr sm90::Config kForward[] = {{.head_dim = 64, .tile = {192, 128}, .stages = 2, .warpgroups = 3},
                                               {.head_dim = 128, .tile = {128, 128}, .stages = 2, .warpgroups = 2}};
+  // With long rows, or a gradient of the bias, there are no registers for dQ of the tile before (C7512).
+  static constexpr sm90::Config kGradients[] = {
+      {.head_dim = 64, .tile = {128, 128}, .stages = 2, .warpgroups = 2},
+      {.head_dim = 128, .tile = {64, 128}, .stages = 2, .warpgroups = 2, .tile_behind = false}};
+  static constexpr sm90::Config kGradientsWithBias[] = {
+      {.head_dim = 64, .tile = {128, 128}, .stages = 2, .warpgroups = 2, .tile_behind = false}, kGradients[1]};
   // Weights of 128 queries, tanh and all, spill in the kernel without dQ.
   static constexpr sm90::Config kKeyGradients[] = {{.head_dim = 64, .tile = {64, 128}, .stages = 2, .warpgroups = 2},
                                                    {.head_dim = 128, .tile = {64, 128}, .stages = 2, .warpgroups = 2}};

@@ -20,6 +20,7 @@
 #include "fastattn/schedule/schedule.hpp"
 #include "fastattn/tensor_view.hpp"
 #include "sm90/accumulator.cuh"
+#include "sm90/key_sums.hpp"
 #include "sm90/modifier.cuh"
 #include "sm90/output.cuh"
 #include "sm90/shared_tile.cuh"
@@ -35,7 +36,6 @@ struct BackwardWorkspace {
   float* delta;  // likewise: Σ(out · dout) − dlse, or the row's share of the gradient of a score's bias
   float* dq;     // [batch, heads, query tiles, warpgroups, 8, 128, 4]: 64 × 64 pieces in register order; null: no sums
   int* turns;    // [batch, heads, query tiles]: how many key tiles have added to a query tile; null: not in turns
-  float* keys = nullptr;  // sums of dK, then of dV: [2, batch, kv_heads, key tiles, pieces, 8, 128, 4]; null: no sums
 };
 
 template <class Variant>
@@ -51,13 +51,13 @@ struct BackwardParams {
   float* dkey_bias;  // [batch, heads, num_keys], for biases of keys; may be null
   int num_keys;      // of the tensors
   BackwardWorkspace workspace;
-  int heads, kv_heads, heads_per_kv_head;
-  int head_blocks;      // thread blocks of a tile and batch entry: one for each key head, or, if dK and dV are sums in
-                        // memory or the tile is of queries, for each query head
+  int heads, heads_per_kv_head;
+  int head_blocks;      // thread blocks of a tile and batch entry: one for each key head, or, if the tile is of queries
+                        // or a block for one head of a group, for each query head
   int heads_per_block;  // of queries
-  int num_batch;
-  int q_tiles;      // of a head
-  WorkOrder order;  // of the tiles that thread blocks own
+  int q_tiles;          // of a head
+  WorkOrder order;      // of the tiles that thread blocks own
+  KeySums key_sums;
 };
 
 inline constexpr int kPiece = 64;  // sums in memory are of 64 × 64 pieces, one of a warpgroup
@@ -206,24 +206,25 @@ struct FinishParams {
   BackwardWorkspace workspace;
   Schedules schedule;
   float scale;
-  int q_tiles, k_tiles;
+  int q_tiles;
+  WorkOrder order;
+  KeySums key_sums;
 };
 
 // dK = scale · the sums, and dV; one block per piece.
 template <class Kernel, class Schedules>
 __global__ void finish_keys_kernel(const __grid_constant__ FinishParams<Schedules> params) {
   constexpr int kAcross = Kernel::kHeadDim / kPiece, kPieces = Kernel::kWarpgroups * kAcross;
-  const int piece = static_cast<int>(blockIdx.x) % kPieces;
-  const std::int64_t tile = blockIdx.x / kPieces, heads = params.dk.heads();
-  const std::int64_t head = tile / params.k_tiles % heads, batch = tile / params.k_tiles / heads % params.dk.batch();
-  const bool of_values = tile / params.k_tiles / heads >= params.dk.batch();
-  const SequenceKeyTile at = sequence_key_tile(params.schedule, static_cast<int>(batch),
-                                               static_cast<int>(tile % params.k_tiles), Kernel::kTile);
+  const int piece = static_cast<int>(blockIdx.x) % kPieces, tile = static_cast<int>(blockIdx.x) / kPieces;
+  const bool of_values = tile >= params.key_sums.tiles;
+  const auto [head, rank] = params.key_sums.place_of(params.order, tile % params.key_sums.tiles);
+  const int heads = static_cast<int>(params.dk.heads());
+  const SequenceKeyTile at = sequence_key_tile(params.schedule, head / heads, rank, Kernel::kTile);
   const auto slots = slots_of(params.schedule, at.sequence);
   const int first_slot = at.k_tile * Kernel::kTile.k + piece / kAcross * kPiece;
   finish_piece<typename Kernel::Element>(
-      params.workspace.keys + std::int64_t{blockIdx.x} * (kPiece * kPiece), of_values ? 1.f : params.scale,
-      {false, false}, of_values ? params.dv : params.dk, batch_of(params.schedule, at.sequence), head,
+      params.key_sums.data + std::int64_t{blockIdx.x} * (kPiece * kPiece), of_values ? 1.f : params.scale,
+      {false, false}, of_values ? params.dv : params.dk, batch_of(params.schedule, at.sequence), head % heads,
       piece % kAcross * kPiece, [&](int row) { return slots.key_token(first_slot + row); });
 }
 

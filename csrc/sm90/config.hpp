@@ -10,8 +10,9 @@ struct Config {
   int value_dim = head_dim;  // the same of values and of a forward's output
   TileShape tile;
   int stages;
-  int warpgroups;        // consumers; one more warpgroup produces
-  int query_stages = 2;  // of a forward: one in use, one on its way
+  int warpgroups;           // consumers; one more warpgroup produces
+  int query_stages = 2;     // of a forward: one in use, one on its way
+  bool tile_behind = true;  // of all gradients at once: dQ is that of the tile before, if there are registers for it
 
   // What a block is launched with is shared out anew: 168 registers for each thread of three warpgroups become 24 and
   // 2 · 240, 128 of four 32 and 3 · 160, 96 of five 24 and 4 · 112. Asking for more than there are waits forever.

@@ -34,6 +34,7 @@ struct KeyGradientKernel {
   static constexpr bool kSumsQueries = kQuerySums != QuerySums::kNone, kSumsBias = false;
   static constexpr bool kInTurns = kQuerySums == QuerySums::kInTurns;
   static constexpr bool kMaySumKeys = kQuerySums == QuerySums::kInAnyOrder;
+  static constexpr bool kSharesWorks = kMaySumKeys && kHostKnowsRuns<typename Variant::Schedule>;
   static constexpr Config kConfig = kConfig_;
   static constexpr TileShape kTile = kConfig.tile;
   static constexpr TileShape kTransposed = {kTile.k, kTile.q};
@@ -49,9 +50,12 @@ struct KeyGradientKernel {
 
   using Element = typename Variant::Element;
   using Score = typename Variant::Score;
-  // Is dQ that of the tile before? A score whose bias has a gradient leaves too few registers: its products would be
-  // serialised.
-  static constexpr bool kTileBehind = kSumsQueries && !Score::kBiasGradient;
+  // Is dQ that of the tile before? A bias's gradient leaves too few registers for that.
+  static constexpr bool kTileBehind = kSumsQueries && kConfig.tile_behind;
+  static constexpr bool kBiasGradient = kSumsQueries && !kTileBehind && Score::kBiasGradient;
+  // Is dS stored before dQ is issued? That takes 4 to 8 % more time, but weights that are not a mere exponential leave
+  // no registers for a product meanwhile (C7512: it would be serialised).
+  static constexpr bool kStoresFirst = kTileBehind && !Score::kRowStatistics;
   // Warpgroups take turns, from P on, or with long rows, which have fewer weights, from the first product after dS on;
   // until dV is issued, or, from P on, dQ, if that comes before. Where one needs the other's dS of the same tile, turns
   // are vain.
@@ -161,7 +165,7 @@ struct KeyGradientKernel {
       if constexpr (kModified) {
         rows.modify(params.modifier, shared.lse2[stage], at, scores, dscores);
       }
-      if constexpr (Score::kBiasGradient && kSumsQueries) {
+      if constexpr (kBiasGradient) {
         if (params.dbias != nullptr) {
           float share = 0.f;
 #pragma unroll
@@ -173,6 +177,9 @@ struct KeyGradientKernel {
       }
       pack<Element>(scores, weights_operand);
       pack<Element>(dscores, dscores_operand);
+      if constexpr (kStoresFirst) {
+        store_packed(dscores_operand, shared.dscores[position.slot()], shared_row, thread);
+      }
 
       if constexpr (kTurnsFromProducts) {
         turns.wait();
@@ -192,20 +199,23 @@ struct KeyGradientKernel {
       if constexpr (kTakesTurns && !kTurnsUntilQueries) {
         turns.pass();
       }
-      if constexpr (kSumsQueries) {
+      if constexpr (kSumsQueries && !kStoresFirst) {
         store_packed(dscores_operand, shared.dscores[position.slot()], shared_row, thread);
+      }
+      if constexpr (kTileBehind) {
         publish_shared();
         __syncwarp();
         if (thread % 32 < kReleasingLanes) {
           shared.dscores_full[stage].arrive();
         }
-        if constexpr (kTileBehind) {
-          wgmma::wait<1>();
-          wgmma::pin(dq);
-          add_piece(params, shared, position.before(), warpgroup, thread, dq);
-        } else {
-          multiply_keys(shared, position, piece_row, piece_column, dq);
-        }
+        wgmma::wait<1>();
+        wgmma::pin(dq);
+        const Position before = position.before();
+        add_piece(params, shared, before, shared.sums[before.slot()], warpgroup, thread, dq);
+      } else if constexpr (kSumsQueries) {
+        publish_shared();
+        cutlass::arch::NamedBarrier::sync(kConsumers, 0);
+        multiply_keys(shared, position, piece_row, piece_column, dq);
       }
       wgmma::pin(dk);
       wgmma::pin(dscores_operand);
@@ -219,7 +229,8 @@ struct KeyGradientKernel {
       shared.dout_ring.release(position);
       if constexpr (kSumsQueries && !kTileBehind) {
         wgmma::pin(dq);
-        add_piece(params, shared, position, warpgroup, thread, dq);
+        const std::int64_t tile = first_tile_of<KeyGradientKernel>(params, work, run.head) + q_tile;
+        add_piece(params, shared, position, static_cast<int>(tile), warpgroup, thread, dq);
       }
 
       wgmma::wait<0>();
@@ -250,12 +261,16 @@ struct KeyGradientKernel {
       multiply_keys(shared, last, piece_row, piece_column, dq);
       wgmma::wait<0>();
       wgmma::pin(dq);
-      add_piece(params, shared, last, warpgroup, thread, dq);
+      add_piece(params, shared, last, shared.sums[last.slot()], warpgroup, thread, dq);
     }
     if constexpr (kMaySumKeys) {
-      if (params.workspace.keys != nullptr) {
-        add_key_gradients(params, work, dk, dv);
-        return;
+      if (params.key_sums.data != nullptr) {
+        int block;
+        asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(block));  // anew, as below
+        if (const int tile = params.key_sums.tile_of(params.order, block); tile >= 0) {
+          add_key_gradients(params.key_sums, tile, dk, dv);
+          return;
+        }
       }
     }
     if constexpr (kSumsQueries) {
@@ -265,11 +280,13 @@ struct KeyGradientKernel {
     store_key_gradient<Element>(params, work, params.dv, dv, 1.f, shared.v, shared_row, 1 + warpgroup);
   }
 
-  // Begins a piece of dQ = dS K of the tile at `at`, once all warpgroups have written its dS. Before the first tile
-  // this is a product of whatever lies there, which nothing adds.
+  // Begins a piece of dQ = dS K of the tile at `at`, which a tile behind waits until all warpgroups have written its
+  // dS. Before the first tile this is a product of whatever lies there, which nothing adds.
   static __device__ void multiply_keys(Shared& shared, Position at, int piece_row, int piece_column,
                                        float (&dq)[kPiece / 2]) {
-    wait_for(shared.dscores_full[at.stage], at.parity);
+    if constexpr (kTileBehind) {
+      wait_for(shared.dscores_full[at.stage], at.parity);
+    }
     wgmma::pin(dq);
     wgmma::fence();
     wgmma::multiply<Element, kTile.k>(shared.dscores[at.slot()].mn_major(piece_row), shared.k.mn_major(piece_column),
@@ -277,10 +294,9 @@ struct KeyGradientKernel {
     wgmma::commit();
   }
 
-  // Adds a 64 × 64 accumulator to its place in global memory, if there is one.
-  static __device__ void add_piece(const Params& params, Shared& shared, Position at, int warpgroup, int thread,
-                                   const float (&value)[kPiece / 2]) {
-    const int tile = shared.sums[at.slot()];
+  // Adds a 64 × 64 accumulator to its place in global memory; `tile` is which of all query tiles it is of, −1: of none.
+  static __device__ void add_piece(const Params& params, Shared& shared, Position at, int tile, int warpgroup,
+                                   int thread, const float (&value)[kPiece / 2]) {
     if (tile < 0) {
       return;
     }
@@ -293,20 +309,17 @@ struct KeyGradientKernel {
     }
   }
 
-  // Adds this warpgroup's 64 rows of dK and dV to what other blocks have for the same key head.
-  static __device__ void add_key_gradients(const Params& params, KeyTileWork work, const float (&dk)[kHeadDim / 2],
+  // Adds this warpgroup's 64 rows of dK and dV to what other blocks have for the same tile.
+  static __device__ void add_key_gradients(const KeySums& sums, int tile, const float (&dk)[kHeadDim / 2],
                                            const float (&dv)[kHeadDim / 2]) {
     int index;
     asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index));  // anew: among the products no register is left to keep it
     const int thread = index % kWarpgroupThreads, warpgroup = index / kWarpgroupThreads - 1;
-    const auto rows_of = [&](int gradient) {
-      const std::int64_t head =
-          (std::int64_t{gradient} * params.num_batch + work.batch) * params.kv_heads + work.kv_head;
-      const std::int64_t tile = head * params.order.tiles + work.tile;
-      return params.workspace.keys + (tile * kWarpgroups + warpgroup) * (kWarpgroupRows * kHeadDim);
+    const auto rows_of = [&](std::int64_t tile) {
+      return sums.data + (tile * kWarpgroups + warpgroup) * (kWarpgroupRows * kHeadDim);
     };
-    add_all(rows_of(0), thread, dk);
-    add_all(rows_of(1), thread, dv);
+    add_all(rows_of(tile), thread, dk);
+    add_all(rows_of(sums.tiles + tile), thread, dv);
   }
 
   // Adds accumulators to sums in memory, in the order of their registers: four of a thread at a time.

@@ -15,26 +15,28 @@
 namespace fastattn::sm90 {
 
 struct KeyTileWork {
-  int tile;  // among all of the head in this batch entry
   int k_tile, kv_head, sequence, batch;
   int first_head;  // of queries
   bool exists;
-
-  template <class Params>
-  __device__ KeyTileWork(const Params& params, TileShape shape, bool in_turns) {
-    const int block = static_cast<int>(blockIdx.x);
-    const WorkOrder::Place place = in_turns ? params.order.at_in_turns(block) : params.order.at(block);
-    tile = in_turns ? params.order.tiles - 1 - place.rank : place.rank;
-    const SequenceKeyTile at = sequence_key_tile(params.schedule, place.head / params.head_blocks, tile, shape);
-    k_tile = at.k_tile;
-    const int head_block = place.head % params.head_blocks;
-    first_head = head_block * params.heads_per_block;
-    kv_head = params.heads_per_block == 1 ? head_block / params.heads_per_kv_head : head_block;
-    sequence = at.sequence;
-    batch = batch_of(params.schedule, at.sequence);
-    exists = k_tile * shape.k < slots_of(params.schedule, sequence).num_k;
-  }
 };
+
+// This block's tile.
+template <class Kernel>
+__device__ KeyTileWork key_tile_work(const typename Kernel::Params& params) {
+  const int block = static_cast<int>(blockIdx.x);
+  const WorkOrder& order = params.order;
+  const WorkOrder::Place place =
+      Kernel::kInTurns ? order.at_in_turns(block) : order.at(Kernel::kSharesWorks ? order.share_of(block).work : block);
+  const int tile = Kernel::kInTurns ? order.tiles - 1 - place.rank : place.rank;
+  const int head_block = place.head % params.head_blocks;
+  const SequenceKeyTile at = sequence_key_tile(params.schedule, place.head / params.head_blocks, tile, Kernel::kTile);
+  return {.k_tile = at.k_tile,
+          .kv_head = params.heads_per_block == 1 ? head_block / params.heads_per_kv_head : head_block,
+          .sequence = at.sequence,
+          .batch = batch_of(params.schedule, at.sequence),
+          .first_head = head_block * params.heads_per_block,
+          .exists = at.k_tile * Kernel::kTile.k < slots_of(params.schedule, at.sequence).num_k};
+}
 
 // Whether dQ is computed too, and in which order key tiles add to it: in any, or one after the other.
 enum class QuerySums { kNone, kInAnyOrder, kInTurns };
@@ -59,13 +61,27 @@ struct Turns {
   }
 };
 
-// Calls visit(head, run) for the runs of query tiles that see a key tile, head after head.
+// Does the host know how many query tiles see a key tile, and are they those of one run after the other?
+template <class Schedules>
+inline constexpr bool kHostKnowsRuns =
+    !Schedules::kInMemory && requires(Schedules schedules) { schedules.at(0, 0).last_k_tile(0, TileShape{}); };
+
+// Calls visit(head, run) for the runs of query tiles that see a key tile, head after head, or for this block's share of
+// each run.
 template <class Kernel, class Visit>
 __device__ void visit_queries(const typename Kernel::Params& params, KeyTileWork work, Visit&& visit) {
+  [[maybe_unused]] const WorkOrder::Share share = params.order.share_of(static_cast<int>(blockIdx.x));
   for (int head = work.first_head; head < work.first_head + params.heads_per_block; ++head) {
     auto cursor = params.schedule.at(work.sequence, head).transposed().runs(work.k_tile, Kernel::kTransposed);
     for (TileRun run; cursor.next(run);) {
-      visit(head, run);
+      if constexpr (Kernel::kSharesWorks) {
+        if (share.parts > 1) {  // else not two divisions before the first copy
+          run = run.share(share.part, share.parts);
+        }
+      }
+      if (run.count > 0) {
+        visit(head, run);
+      }
     }
   }
 }
@@ -129,7 +145,7 @@ __device__ void stream_queries(const typename Kernel::Params& params, typename K
              for (int q_tile = run.first; q_tile < run.first + run.count; ++q_tile) {
                const std::int64_t tile = first_tile_of<Kernel>(params, work, run.head) + q_tile;
                const auto origin = place.query_origin(q_tile, kTile);
-               if constexpr (Kernel::kSumsQueries) {
+               if constexpr (Kernel::kTileBehind) {
                  if (cute::elect_one_sync()) {
                    shared.sums[at.slot()] = static_cast<int>(tile);
                  }
@@ -156,7 +172,7 @@ template <class Kernel, class Consume>
 __device__ void own_key_tile(const typename Kernel::Params& params, Consume&& consume) {
   extern __shared__ std::byte shared_bytes[];
   auto& shared = *reinterpret_cast<typename Kernel::Shared*>(shared_bytes);
-  const KeyTileWork work(params, Kernel::kTile, Kernel::kInTurns);
+  const KeyTileWork work = key_tile_work<Kernel>(params);
   if (!work.exists) {
     return;
   }

@@ -22,7 +22,7 @@ namespace fastattn::sm90 {
 
 template <class Variant, Config kConfig_>
 struct QueryGradientKernel {
-  static constexpr bool kSumsQueries = false, kInTurns = false, kMaySumKeys = false,
+  static constexpr bool kSumsQueries = false, kInTurns = false, kMaySumKeys = false, kSharesWorks = false,
                         kSumsBias = Variant::Score::kBiasGradient;
   static constexpr Config kConfig = kConfig_;
   static constexpr TileShape kTile = kConfig.tile;

@@ -112,23 +112,40 @@ Status launch_gradients(const BackwardProblem<Variant>& problem, Stream stream) 
   params.num_keys = static_cast<int>(problem.k.seq());
   params.q_tiles = num_q_tiles(problem.schedule, kTile);
   params.heads = static_cast<int>(problem.q.heads());
-  params.kv_heads = static_cast<int>(problem.k.heads());
   params.heads_per_kv_head = heads_per_kv_head(problem.q, problem.k);
-  params.num_batch = static_cast<int>(problem.q.batch());
   plan_workspace<Kernel>(problem.q, problem.schedule, problem.workspace, params.workspace);
   const int multiprocessors = num_multiprocessors();
   const int tiles = kOwnsKeys ? num_k_tiles(problem.schedule, kTile) : params.q_tiles;
-  if (Kernel::kMaySumKeys &&
-      sums_keys_in_memory(problem.q, problem.k, problem.dq, tiles, kTile.k, Kernel::kHeadDim, multiprocessors)) {
-    params.workspace.keys = static_cast<float*>(problem.dq.data);
-  }
-  params.head_blocks = kOwnsKeys && params.workspace.keys == nullptr ? params.kv_heads : params.heads;
+  const std::int64_t key_tiles = problem.k.batch() * problem.k.heads() * tiles;
+  const auto has_room = [&](std::int64_t tiles) {
+    return has_room_for_keys(problem.dq, tiles, kTile.k, Kernel::kHeadDim);
+  };
+  const bool in_groups = !kOwnsKeys || (Kernel::kMaySumKeys && has_room(key_tiles) &&
+                                        divides_groups(problem.q, problem.k, tiles, Kernel::kHeadDim, multiprocessors));
+  params.head_blocks = in_groups ? params.heads : static_cast<int>(problem.k.heads());
   params.heads_per_block = params.heads / max_of(params.head_blocks, 1);
   const std::int64_t heads = problem.q.batch() * params.head_blocks;
   // Bytes that all tiles of a head stream: of Q and dO, or of K and V.
   const std::int64_t streamed = (kOwnsKeys ? problem.q.seq() : problem.k.seq()) * Kernel::kHeadDim * 4;
   params.order = Kernel::kInTurns ? order_in_turns(heads, tiles, multiprocessors)
                                   : work_order(heads, tiles, multiprocessors, streamed, 1);
+  if constexpr (Kernel::kSharesWorks) {
+    if (!in_groups) {
+      int steps = 0;  // of the last key tile's block
+      auto cursor = problem.schedule.at(0, 0).transposed().runs(tiles - 1, Kernel::kTransposed);
+      for (TileRun run; cursor.next(run);) {
+        steps += run.count * params.heads_per_block;
+      }
+      if (const WorkOrder shared = share_last(params.order, multiprocessors, steps); has_room(shared.shared)) {
+        params.order = shared;
+      }
+    }
+  }
+  if (Kernel::kMaySumKeys) {
+    params.key_sums.tiles = static_cast<int>(in_groups ? key_tiles : params.order.shared);
+    params.key_sums.blocks_of_group = in_groups ? params.heads_per_kv_head : 1;
+    params.key_sums.data = params.key_sums.tiles > 0 ? static_cast<float*>(problem.dq.data) : nullptr;
+  }
   MapEncoder encode;
   encode(problem.q, schedule.query_box(kTile), params.q, Kernel::QueryTile::kRowBytes);
   encode(problem.dout, schedule.query_box(kTile), params.dout, Kernel::QueryTile::kRowBytes);
@@ -136,10 +153,11 @@ Status launch_gradients(const BackwardProblem<Variant>& problem, Stream stream) 
   encode(problem.v, schedule.key_box(kTile), params.v, Kernel::KeyTile::kRowBytes);
 
   Status status = encode.status.ok() ? prepare<Kernel>(problem, params, stream) : encode.status;
-  const std::int64_t key_pieces = problem.k.batch() * problem.k.heads() * tiles * Kernel::kTile.k / kPiece *
-                                  (Kernel::kHeadDim / kPiece) * 2;  // of dK and dV
-  if (status.ok() && params.workspace.keys != nullptr) {
-    status = clear(params.workspace.keys, key_pieces * kPiece * kPiece * sizeof(float), stream);
+  const std::int64_t shared_more = params.order.blocks() - params.order.count();
+  const std::int64_t key_pieces =
+      2 * params.key_sums.tiles * (kTile.k / kPiece) * (Kernel::kHeadDim / kPiece);  // of dK and dV
+  if (status.ok() && key_pieces > 0) {
+    status = clear(params.key_sums.data, key_pieces * kPiece * kPiece * sizeof(float), stream);
   }
   if (status.ok() && Kernel::kInTurns) {
     status = clear(params.workspace.turns, problem.q.batch() * params.heads * params.q_tiles * sizeof(int), stream);
@@ -151,7 +169,7 @@ Status launch_gradients(const BackwardProblem<Variant>& problem, Stream stream) 
     status = clear(problem.dkey_bias, problem.q.batch() * params.heads * problem.k.seq() * sizeof(float), stream);
   }
   if (status.ok()) {
-    status = launch(gradient_kernel<Kernel>, heads * tiles, (Kernel::kWarpgroups + 1) * kWarpgroupThreads,
+    status = launch(gradient_kernel<Kernel>, heads * tiles + shared_more, (Kernel::kWarpgroups + 1) * kWarpgroupThreads,
                     sizeof(typename Kernel::Shared), stream, params);
   }
   if constexpr (Kernel::kSumsBias) {
@@ -162,10 +180,11 @@ Status launch_gradients(const BackwardProblem<Variant>& problem, Stream stream) 
     }
   }
   if constexpr (Kernel::kSumsQueries) {
-    const FinishParams<Schedules> finish{problem.dq,       problem.dk,    problem.dv,     params.workspace,
-                                         problem.schedule, problem.scale, params.q_tiles, tiles};
+    const FinishParams<Schedules> finish{problem.dq,       problem.dk,       problem.dv,
+                                         params.workspace, problem.schedule, problem.scale,
+                                         params.q_tiles,   params.order,     params.key_sums};
     if constexpr (Kernel::kMaySumKeys) {
-      if (status.ok() && params.workspace.keys != nullptr) {  // before dQ, which takes their place
+      if (status.ok()) {  // before dQ, which takes their place
         status = launch(finish_keys_kernel<Kernel, Schedules>, key_pieces, kWarpgroupThreads, 0, stream, finish);
       }
     }
@@ -181,6 +200,9 @@ Status launch_gradients(const BackwardProblem<Variant>& problem, Stream stream) 
 // The kernels of a variant's gradients, for one of its configurations.
 template <class Variant, int kIndex>
 using AllGradientsKernel = KeyGradientKernel<Variant, Variant::kGradients[kIndex], QuerySums::kInAnyOrder>;
+template <class Variant, int kIndex>
+using AllGradientsWithBiasKernel =
+    KeyGradientKernel<Variant, Variant::kGradientsWithBias[kIndex], QuerySums::kInAnyOrder>;
 template <class Variant, int kIndex>
 using AllGradientsInTurnsKernel = KeyGradientKernel<Variant, Variant::kGradients[kIndex], QuerySums::kInTurns>;
 template <class Variant, int kIndex>
@@ -201,7 +223,7 @@ constexpr int max_head_dim() {
 inline std::int64_t row_width(const TensorView& q, const TensorView& v) { return max_of(q.head_dim(), v.head_dim()); }
 
 // How a problem's gradients are computed.
-enum class Way { kAtOnce, kAtOnceInTurns, kByTwoKernels };
+enum class Way { kAtOnce, kAtOnceWithBias, kAtOnceInTurns, kByTwoKernels };
 
 template <class Variant>
 inline constexpr bool kCanBeAtOnce = requires { Variant::kGradients; };
@@ -227,7 +249,7 @@ Way way_of(const Problem& problem, const TensorView& k, std::int64_t width) {
     if (problem.dq.data != nullptr && problem.dk.data != nullptr && problem.dv.data != nullptr &&
         width <= max_head_dim<Variant::kGradients>()) {
       if (!problem.deterministic) {
-        return Way::kAtOnce;
+        return wants_bias_gradient(problem) ? Way::kAtOnceWithBias : Way::kAtOnce;
       }
       // In turns long key tiles begin last under a causal mask, and the time of one is added to the whole: a quarter of
       // it with 8 works for each multiprocessor, an eighth with 15 (H200, heads one after the other; not measured again
@@ -242,9 +264,16 @@ Way way_of(const Problem& problem, const TensorView& k, std::int64_t width) {
   return Way::kByTwoKernels;
 }
 
-// Calls run.operator()<Kernel>() with the kernel for one of the first two ways.
+// Calls run.operator()<Kernel>() with the kernel for one of the first three ways.
 template <class Variant, class Run>
 Status with_kernel_at_once(const char* op, Way way, std::int64_t width, Run&& run) {
+  if constexpr (Variant::Score::kBiasGradient) {
+    if (way == Way::kAtOnceWithBias) {
+      return dispatch<Variant::kGradientsWithBias>(op, width, [&]<int kIndex>() {
+        return run.template operator()<AllGradientsWithBiasKernel<Variant, kIndex>>();
+      });
+    }
+  }
   if constexpr (kCanBeAtOnce<Variant>) {
     return dispatch<Variant::kGradients>(op, width, [&]<int kIndex>() {
       if constexpr (kCanBeInTurns<Variant>) {

@@ -27,7 +27,8 @@ namespace fastattn::sm90 {
 
 template <class Variant, Config kConfig_>
 struct WideKeyGradientKernel {
-  static constexpr bool kSumsQueries = false, kInTurns = false, kMaySumKeys = false, kSumsBias = false;
+  static constexpr bool kSumsQueries = false, kInTurns = false, kMaySumKeys = false, kSharesWorks = false,
+                        kTileBehind = false, kSumsBias = false;
   static constexpr Config kConfig = kConfig_;
   static constexpr TileShape kTile = kConfig.tile;
   static constexpr TileShape kTransposed = {kTile.k, kTile.q};

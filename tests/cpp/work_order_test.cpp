@@ -57,6 +57,32 @@ const Test cached("work order: no more heads at the end than the cache has room 
   check(work_order(0, 4, 0, 1, 1).last_heads == 0 && work_order(4, 0, 0, 1, 1).count() == 0, "none");
 });
 
+const Test shares("work order: the last works are shared where they then end sooner, each part once", [] {
+  for (const int heads : {1, 16, 33, 64}) {
+    for (const int steps : {1, 5, 64, 256}) {
+      const WorkOrder whole = work_order(heads, 128, 132, 8 << 20, 1), order = share_last(whole, 132, steps);
+      const std::string what = std::to_string(heads) + " heads of 128 tiles of " + std::to_string(steps) + " steps";
+      check(order.shared == 0 || order.shared == whole.count() % 132, what);
+      check(order.blocks() == whole.count() + order.shared * (order.parts - 1), what);
+      std::set<std::pair<int, int>> seen;
+      for (int block = 0; block < order.blocks(); ++block) {
+        const auto [work, part, parts] = order.share_of(block);
+        check(0 <= work && work < order.count() && 0 <= part && part < parts, what);
+        check(parts == (work < order.first_shared() ? 1 : order.parts), what);
+        seen.emplace(work, part);
+      }
+      check(static_cast<int>(seen.size()) == order.blocks(), what);
+    }
+  }
+  const auto parts = [](int works, int steps) {
+    return share_last(work_order(1, works, 132, 8 << 20, 1), 132, steps).parts;
+  };
+  check(parts(15 * 132 + 68, 256) == 7, "68 works of 256 steps: in four rounds of a seventh, not in one");
+  check(parts(15 * 132 + 68, 5) == 1, "works too short to be divided");
+  check(parts(16 * 132, 256) == 1 && parts(16 * 132 - 1, 256) == 1, "none left over, or one missing");
+  check(parts(0, 256) == 1, "no works");
+});
+
 const Test in_turns("work order: in turns each tile once, and after all that it waits for", [] {
   for (const int heads : {1, 2, 7, 64, 131}) {
     for (const int tiles : {1, 4, 32, 133}) {

@@ -32,6 +32,12 @@ struct TileRun {
   // their meaning is the schedule's own. 0 in full tiles, and where the tile's number says it all. No more bits than
   // are needed: in the registers of a producer that reads a list, a word of its own would be spilled.
   std::uint16_t cells = 0;
+
+  // One of `parts` parts, as long as the others.
+  FASTATTN_HD constexpr TileRun share(int part, int parts) const {
+    const int begin = count * part / parts, end = count * (part + 1) / parts;
+    return {first + begin, end - begin, coverage, cells};
+  }
 };
 
 // Coverage as a type, so that a body compiles its masked and its unmasked form separately.
