@@ -95,6 +95,7 @@ __global__ void prepare_kernel(const __grid_constant__ PrepareParams<Schedules> 
   using Element = typename Kernel::Element;
   constexpr TileShape kTile = Kernel::kTile;
   constexpr int kLanes = kRowLanes<Kernel>, kUnit = 8;  // elements of 16 bytes
+  static_assert(kRowsOfThread <= kLanes);
   const int head_index = static_cast<int>(blockIdx.x) / params.blocks_of_head;
   const int heads = static_cast<int>(params.out.heads()), head = head_index % heads, batch = head_index / heads;
   const int first_slot = static_cast<int>(blockIdx.x) % params.blocks_of_head * kRowsOfBlock<Kernel>;
@@ -105,52 +106,65 @@ __global__ void prepare_kernel(const __grid_constant__ PrepareParams<Schedules> 
   const int slots = params.q_tiles * kTile.q;
   const std::int64_t first_row = std::int64_t{head_index} * slots;
   const auto token_of = [&](int slot) {
+    if (slot >= slots) {
+      return -1;
+    }
     const SequenceTile at = sequence_tile(params.schedule, batch, slot / kTile.q, kTile);
     return slots_of(params.schedule, at.sequence).query_token(at.q_tile, slot % kTile.q, kTile);
   };
 
-  uint4 out[kRowsOfThread] = {}, dout[kRowsOfThread] = {};
-  int token[kRowsOfThread];
+  const Element* const first_out = params.out.template row<const Element>(batch, 0, head) + column;
+  const Element* const first_dout = params.dout.template row<const Element>(batch, 0, head) + column;
+  std::uint32_t out[kRowsOfThread][4] = {}, dout[kRowsOfThread][4] = {};
 #pragma unroll
   for (int i = 0; i < kRowsOfThread; ++i) {
-    token[i] = slot_of(i) < slots ? token_of(slot_of(i)) : -1;
-    if (token[i] >= 0 && column < params.out.head_dim()) {
-      out[i] = *reinterpret_cast<const uint4*>(params.out.template row<const Element>(batch, token[i], head) + column);
-      dout[i] =
-          *reinterpret_cast<const uint4*>(params.dout.template row<const Element>(batch, token[i], head) + column);
+    const std::int64_t token = token_of(slot_of(i));
+    if (token >= 0 && column < params.out.head_dim()) {
+      reinterpret_cast<uint4&>(out[i]) = *reinterpret_cast<const uint4*>(first_out + token * params.out.stride[1]);
+      reinterpret_cast<uint4&>(dout[i]) = *reinterpret_cast<const uint4*>(first_dout + token * params.dout.stride[1]);
     }
   }
+  // Each lane has the statistics of one of the rows.
+  const int own_slot = slot_of(lane);
+  const bool has_row = lane < kRowsOfThread && own_slot < slots;
+  float lse = -kInfinity, dlse = 0.f;
+  if (const int token = has_row ? token_of(own_slot) : -1; token >= 0) {
+    const std::int64_t at = std::int64_t{head_index} * params.out.seq() + token;
+    lse = params.lse[at];
+    dlse = params.dlse == nullptr ? 0.f : params.dlse[at];
+  }
+  if (params.workspace.dq != nullptr) {
+    float4* const sums = reinterpret_cast<float4*>(params.workspace.dq + first_row * (kLanes * kUnit));
+#pragma unroll
+    for (int i = 0; i < kRowsOfThread; ++i) {
+      if (slot_of(i) < slots) {
+        float4* const row = sums + std::int64_t{slot_of(i)} * (2 * kLanes);
+        row[lane] = row[kLanes + lane] = float4{};
+      }
+    }
+  }
+  float own_sum = 0.f;
 #pragma unroll
   for (int i = 0; i < kRowsOfThread; ++i) {
-    const auto dot = [](std::uint32_t x, std::uint32_t y) {
-      const float2 p = DeviceElement<Element>::unpack(x), q = DeviceElement<Element>::unpack(y);
-      return p.x * q.x + p.y * q.y;
-    };
-    float sum =
-        dot(out[i].x, dout[i].x) + dot(out[i].y, dout[i].y) + dot(out[i].z, dout[i].z) + dot(out[i].w, dout[i].w);
+    // Else the compiler takes the halves of a word apart as soon as it is there, and waits for each row before the
+    // next.
+    wgmma::pin(out[i]);
+    wgmma::pin(dout[i]);
+    float sum = 0.f;
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const float2 p = DeviceElement<Element>::unpack(out[i][j]), q = DeviceElement<Element>::unpack(dout[i][j]);
+      sum += p.x * q.x + p.y * q.y;
+    }
 #pragma unroll
     for (int distance = kLanes / 2; distance > 0; distance /= 2) {
       sum += __shfl_xor_sync(0xffffffffu, sum, distance);
     }
-    if (slot_of(i) >= slots) {
-      continue;
-    }
-    const std::int64_t row = first_row + slot_of(i);
-    if (params.workspace.dq != nullptr) {
-      float4* const sums = reinterpret_cast<float4*>(params.workspace.dq + row * (kLanes * kUnit));
-      sums[lane] = sums[kLanes + lane] = float4{};
-    }
-    if (lane == 0) {
-      float lse2 = kInfinity;
-      if (token[i] >= 0) {
-        const std::int64_t at = std::int64_t{head_index} * params.out.seq() + token[i];
-        const float lse = params.lse[at];
-        lse2 = lse == -kInfinity ? kInfinity : lse * kLog2E;
-        sum -= params.dlse == nullptr ? 0.f : params.dlse[at];
-      }
-      params.workspace.lse2[row] = lse2;
-      params.workspace.delta[row] = sum;
-    }
+    own_sum = lane == i ? sum : own_sum;
+  }
+  if (has_row) {
+    params.workspace.lse2[first_row + own_slot] = lse == -kInfinity ? kInfinity : lse * kLog2E;
+    params.workspace.delta[first_row + own_slot] = own_sum - dlse;
   }
 }
 

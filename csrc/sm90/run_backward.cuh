@@ -94,8 +94,9 @@ Status prepare(const BackwardProblem<Variant>& problem, const typename Kernel::P
 }
 
 // One kernel of the backward, with what comes before and after it. `kOwnsKeys`: of key tiles, else of query tiles.
+// `prepared` are the slots of a head whose lse2 and delta lie in the workspace already, 0 if none do.
 template <class Kernel, bool kOwnsKeys, class Variant>
-Status launch_gradients(const BackwardProblem<Variant>& problem, Stream stream) {
+Status launch_gradients(const BackwardProblem<Variant>& problem, int& prepared, Stream stream) {
   using Schedules = typename Variant::Schedule;
   constexpr TileShape kTile = Kernel::kTile;
   const auto schedule = problem.schedule.slots();
@@ -152,7 +153,11 @@ Status launch_gradients(const BackwardProblem<Variant>& problem, Stream stream) 
   encode(problem.k, schedule.key_box(kTile), params.k, Kernel::KeyTile::kRowBytes);
   encode(problem.v, schedule.key_box(kTile), params.v, Kernel::KeyTile::kRowBytes);
 
-  Status status = encode.status.ok() ? prepare<Kernel>(problem, params, stream) : encode.status;
+  Status status = encode.status;
+  if (const int slots = params.q_tiles * kTile.q; status.ok() && slots != prepared) {
+    status = prepare<Kernel>(problem, params, stream);
+    prepared = std::is_same_v<OriginOf<Schedules>, int> ? slots : 0;  // else their order depends on the tiles
+  }
   const std::int64_t shared_more = params.order.blocks() - params.order.count();
   const std::int64_t key_pieces =
       2 * params.key_sums.tiles * (kTile.k / kPiece) * (Kernel::kHeadDim / kPiece);  // of dK and dV
@@ -289,16 +294,16 @@ Status with_kernel_at_once(const char* op, Way way, std::int64_t width, Run&& ru
 }
 
 template <class Variant>
-Status run_query_gradients(const char* op, const BackwardProblem<Variant>& problem, Stream stream) {
+Status run_query_gradients(const char* op, const BackwardProblem<Variant>& problem, int& prepared, Stream stream) {
   return dispatch<Variant::kQueryGradients>(op, row_width(problem.q, problem.v), [&]<int kIndex>() {
-    return launch_gradients<QueryGradientsKernel<Variant, kIndex>, false>(problem, stream);
+    return launch_gradients<QueryGradientsKernel<Variant, kIndex>, false>(problem, prepared, stream);
   });
 }
 
 template <class Variant>
-Status run_key_gradients(const char* op, const BackwardProblem<Variant>& problem, Stream stream) {
+Status run_key_gradients(const char* op, const BackwardProblem<Variant>& problem, int& prepared, Stream stream) {
   return dispatch<Variant::kKeyGradients>(op, row_width(problem.q, problem.v), [&]<int kIndex>() {
-    return launch_gradients<KeyGradientsKernel<Variant, kIndex>, true>(problem, stream);
+    return launch_gradients<KeyGradientsKernel<Variant, kIndex>, true>(problem, prepared, stream);
   });
 }
 
@@ -307,16 +312,17 @@ template <class Variant, class OfQueries = Variant>
 Status run_backward(const char* op, const BackwardProblem<Variant>& problem,
                     const BackwardProblem<OfQueries>& of_queries, Stream stream) {
   const std::int64_t width = row_width(problem.q, problem.v);
+  int prepared = 0;
   if (const Way way = way_of<Variant>(problem, problem.k, width); way != Way::kByTwoKernels) {
     return with_kernel_at_once<Variant>(
-        op, way, width, [&]<class Kernel>() { return launch_gradients<Kernel, true>(problem, stream); });
+        op, way, width, [&]<class Kernel>() { return launch_gradients<Kernel, true>(problem, prepared, stream); });
   }
   Status status;
   if (problem.dq.data != nullptr || problem.dbias != nullptr) {
-    status = run_query_gradients(op, of_queries, stream);
+    status = run_query_gradients(op, of_queries, prepared, stream);
   }
   if (status.ok() && (problem.dk.data != nullptr || problem.dv.data != nullptr || problem.dkey_bias != nullptr)) {
-    status = run_key_gradients(op, problem, stream);
+    status = run_key_gradients(op, problem, prepared, stream);
   }
   return status;
 }
