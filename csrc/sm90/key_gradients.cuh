@@ -1,6 +1,7 @@
 // Gradients of keys and values: a thread block owns a key tile, each of its warpgroups 64 keys. K and V stay in shared
 // memory, dK and dV in registers, while the block walks the query tiles that see the tile (the schedule, transposed),
-// for every query head that shares the key head, or for one of them, with dK and dV added up in memory:
+// for every query head that shares the key head. Or several blocks own it, for a head each or a share of the query
+// tiles, and their dK and dV are added up in memory:
 //
 //   Sᵀ = K Qᵀ, dPᵀ = V dOᵀ → P = weight(S), dS = score_gradient(P, dP) → dV += Pᵀ dO, dK += dSᵀ Q (, dQ += dS K)
 //
