@@ -169,6 +169,8 @@ const AddOp<AttentionCase, AttentionProblem> kOp{
         "b1_s257_h2_d128_window100",
         "b1_s300_h8_kv1_d64_causal",
         "b1_s300_h8_kv1_d128_causal",
+        "b1_s520_h27_d64",  // of 135 key tiles 132 multiprocessors share the last three
+        "b1_s520_h27_d128",
         "b1_s300x333_h4_kv2_d32_causal",
         "b1_s257_h2_d96_window100",
         "b1_s200x333_h4_kv2_d192_causal",

@@ -200,11 +200,13 @@ struct KeyGradientKernel {
       if constexpr (kTakesTurns && !kTurnsUntilQueries) {
         turns.pass();
       }
-      if constexpr (kSumsQueries && !kStoresFirst) {
-        store_packed(dscores_operand, shared.dscores[position.slot()], shared_row, thread);
+      if constexpr (kSumsQueries) {
+        if constexpr (!kStoresFirst) {
+          store_packed(dscores_operand, shared.dscores[position.slot()], shared_row, thread);
+        }
+        publish_shared();
       }
       if constexpr (kTileBehind) {
-        publish_shared();
         __syncwarp();
         if (thread % 32 < kReleasingLanes) {
           shared.dscores_full[stage].arrive();
@@ -214,7 +216,6 @@ struct KeyGradientKernel {
         const Position before = position.before();
         add_piece(params, shared, before, shared.sums[before.slot()], warpgroup, thread, dq);
       } else if constexpr (kSumsQueries) {
-        publish_shared();
         cutlass::arch::NamedBarrier::sync(kConsumers, 0);
         multiply_keys(shared, position, piece_row, piece_column, dq);
       }
@@ -255,7 +256,7 @@ struct KeyGradientKernel {
     }
 
     // Epilogue: dQ of the last tile; then dK and dV take the place of K and V, once no warpgroup reads them any more,
-    // or are added to the other heads'.
+    // or are added to other blocks'.
     if constexpr (kTileBehind) {
       float dq[kPiece / 2];
       const Position last = position.before();

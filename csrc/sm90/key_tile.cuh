@@ -61,10 +61,15 @@ struct Turns {
   }
 };
 
-// Does the host know how many query tiles see a key tile, and are they those of one run after the other?
+// Are all key tiles that a query tile sees consecutive, and is the last one known?
 template <class Schedules>
-inline constexpr bool kHostKnowsRuns =
-    !Schedules::kInMemory && requires(Schedules schedules) { schedules.at(0, 0).last_k_tile(0, TileShape{}); };
+inline constexpr bool kTellsLastKeyTile =
+    requires(Schedules schedules) { schedules.at(0, 0).last_k_tile(0, TileShape{}); };
+
+// May the host count the query tiles that see a key tile? Those of a band of all heads; lists are in memory of the
+// device, whatever kInMemory says of them.
+template <class Schedules>
+inline constexpr bool kHostKnowsRuns = !Schedules::kInMemory && kTellsLastKeyTile<Schedules>;
 
 // Calls visit(head, run) for the runs of query tiles that see a key tile, head after head, or for this block's share of
 // each run.

@@ -93,6 +93,42 @@ Status prepare(const BackwardProblem<Variant>& problem, const typename Kernel::P
   }
 }
 
+// Which thread blocks own the tiles, `tiles` of a head, in which order, and which dK and dV are sums where dQ will be.
+template <class Kernel, bool kOwnsKeys, class Variant>
+void plan_works(const BackwardProblem<Variant>& problem, int tiles, typename Kernel::Params& params) {
+  const int multiprocessors = num_multiprocessors();
+  const std::int64_t key_tiles = problem.k.batch() * problem.k.heads() * tiles;
+  const auto has_room = [&](std::int64_t summed) {
+    return has_room_for_keys(problem.dq, summed, Kernel::kTile.k, Kernel::kHeadDim);
+  };
+  const bool divided = kOwnsKeys && Kernel::kMaySumKeys && has_room(key_tiles) &&
+                       divides_groups(problem.q, problem.k, tiles, Kernel::kHeadDim, multiprocessors);
+  params.head_blocks = kOwnsKeys && !divided ? static_cast<int>(problem.k.heads()) : params.heads;
+  params.heads_per_block = params.heads / max_of(params.head_blocks, 1);
+  const std::int64_t heads = problem.q.batch() * params.head_blocks;
+  // Bytes that all tiles of a head stream: of Q and dO, or of K and V.
+  const std::int64_t streamed = (kOwnsKeys ? problem.q.seq() : problem.k.seq()) * Kernel::kHeadDim * 4;
+  params.order = Kernel::kInTurns ? order_in_turns(heads, tiles, multiprocessors)
+                                  : work_order(heads, tiles, multiprocessors, streamed, 1);
+  if constexpr (Kernel::kSharesWorks) {
+    if (!divided) {
+      int steps = 0;  // of the last key tile's block
+      auto cursor = problem.schedule.at(0, 0).transposed().runs(tiles - 1, Kernel::kTransposed);
+      for (TileRun run; cursor.next(run);) {
+        steps += run.count * params.heads_per_block;
+      }
+      if (const WorkOrder shared = share_last(params.order, multiprocessors, steps); has_room(shared.shared)) {
+        params.order = shared;
+      }
+    }
+  }
+  if constexpr (Kernel::kMaySumKeys) {
+    params.key_sums.tiles = divided ? static_cast<int>(key_tiles) : params.order.shared;
+    params.key_sums.blocks_of_group = divided ? params.heads_per_kv_head : 1;
+    params.key_sums.data = params.key_sums.tiles > 0 ? static_cast<float*>(problem.dq.data) : nullptr;
+  }
+}
+
 // One kernel of the backward, with what comes before and after it. `kOwnsKeys`: of key tiles, else of query tiles.
 // `prepared` are the slots of a head whose lse2 and delta lie in the workspace already, 0 if none do.
 template <class Kernel, bool kOwnsKeys, class Variant>
@@ -115,38 +151,8 @@ Status launch_gradients(const BackwardProblem<Variant>& problem, int& prepared, 
   params.heads = static_cast<int>(problem.q.heads());
   params.heads_per_kv_head = heads_per_kv_head(problem.q, problem.k);
   plan_workspace<Kernel>(problem.q, problem.schedule, problem.workspace, params.workspace);
-  const int multiprocessors = num_multiprocessors();
   const int tiles = kOwnsKeys ? num_k_tiles(problem.schedule, kTile) : params.q_tiles;
-  const std::int64_t key_tiles = problem.k.batch() * problem.k.heads() * tiles;
-  const auto has_room = [&](std::int64_t tiles) {
-    return has_room_for_keys(problem.dq, tiles, kTile.k, Kernel::kHeadDim);
-  };
-  const bool in_groups = !kOwnsKeys || (Kernel::kMaySumKeys && has_room(key_tiles) &&
-                                        divides_groups(problem.q, problem.k, tiles, Kernel::kHeadDim, multiprocessors));
-  params.head_blocks = in_groups ? params.heads : static_cast<int>(problem.k.heads());
-  params.heads_per_block = params.heads / max_of(params.head_blocks, 1);
-  const std::int64_t heads = problem.q.batch() * params.head_blocks;
-  // Bytes that all tiles of a head stream: of Q and dO, or of K and V.
-  const std::int64_t streamed = (kOwnsKeys ? problem.q.seq() : problem.k.seq()) * Kernel::kHeadDim * 4;
-  params.order = Kernel::kInTurns ? order_in_turns(heads, tiles, multiprocessors)
-                                  : work_order(heads, tiles, multiprocessors, streamed, 1);
-  if constexpr (Kernel::kSharesWorks) {
-    if (!in_groups) {
-      int steps = 0;  // of the last key tile's block
-      auto cursor = problem.schedule.at(0, 0).transposed().runs(tiles - 1, Kernel::kTransposed);
-      for (TileRun run; cursor.next(run);) {
-        steps += run.count * params.heads_per_block;
-      }
-      if (const WorkOrder shared = share_last(params.order, multiprocessors, steps); has_room(shared.shared)) {
-        params.order = shared;
-      }
-    }
-  }
-  if (Kernel::kMaySumKeys) {
-    params.key_sums.tiles = static_cast<int>(in_groups ? key_tiles : params.order.shared);
-    params.key_sums.blocks_of_group = in_groups ? params.heads_per_kv_head : 1;
-    params.key_sums.data = params.key_sums.tiles > 0 ? static_cast<float*>(problem.dq.data) : nullptr;
-  }
+  plan_works<Kernel, kOwnsKeys>(problem, tiles, params);
   MapEncoder encode;
   encode(problem.q, schedule.query_box(kTile), params.q, Kernel::QueryTile::kRowBytes);
   encode(problem.dout, schedule.query_box(kTile), params.dout, Kernel::QueryTile::kRowBytes);
@@ -158,7 +164,6 @@ Status launch_gradients(const BackwardProblem<Variant>& problem, int& prepared, 
     status = prepare<Kernel>(problem, params, stream);
     prepared = std::is_same_v<OriginOf<Schedules>, int> ? slots : 0;  // else their order depends on the tiles
   }
-  const std::int64_t shared_more = params.order.blocks() - params.order.count();
   const std::int64_t key_pieces =
       2 * params.key_sums.tiles * (kTile.k / kPiece) * (Kernel::kHeadDim / kPiece);  // of dK and dV
   if (status.ok() && key_pieces > 0) {
@@ -174,8 +179,10 @@ Status launch_gradients(const BackwardProblem<Variant>& problem, int& prepared, 
     status = clear(problem.dkey_bias, problem.q.batch() * params.heads * problem.k.seq() * sizeof(float), stream);
   }
   if (status.ok()) {
-    status = launch(gradient_kernel<Kernel>, heads * tiles + shared_more, (Kernel::kWarpgroups + 1) * kWarpgroupThreads,
-                    sizeof(typename Kernel::Shared), stream, params);
+    const std::int64_t works =
+        problem.q.batch() * params.head_blocks * tiles;  // more than an int may hold, to be refused
+    status = launch(gradient_kernel<Kernel>, works + params.order.blocks() - params.order.count(),
+                    (Kernel::kWarpgroups + 1) * kWarpgroupThreads, sizeof(typename Kernel::Shared), stream, params);
   }
   if constexpr (Kernel::kSumsBias) {
     if (status.ok() && problem.dbias != nullptr) {
@@ -233,9 +240,7 @@ enum class Way { kAtOnce, kAtOnceWithBias, kAtOnceInTurns, kByTwoKernels };
 template <class Variant>
 inline constexpr bool kCanBeAtOnce = requires { Variant::kGradients; };
 template <class Variant>
-inline constexpr bool kCanBeInTurns = kCanBeAtOnce<Variant> && requires(typename Variant::Schedule schedule) {
-  schedule.at(0, 0).last_k_tile(0, TileShape{});
-};
+inline constexpr bool kCanBeInTurns = kCanBeAtOnce<Variant> && kTellsLastKeyTile<typename Variant::Schedule>;
 
 // Is the gradient of a score's bias wanted? It is summed in no certain order where key tiles take turns, too.
 template <class Problem>
@@ -275,6 +280,7 @@ Status with_kernel_at_once(const char* op, Way way, std::int64_t width, Run&& ru
   if constexpr (Variant::Score::kBiasGradient) {
     if (way == Way::kAtOnceWithBias) {
       return dispatch<Variant::kGradientsWithBias>(op, width, [&]<int kIndex>() {
+        static_assert(AllGradientsWithBiasKernel<Variant, kIndex>::kBiasGradient);
         return run.template operator()<AllGradientsWithBiasKernel<Variant, kIndex>>();
       });
     }

@@ -62,8 +62,9 @@ constexpr WorkOrder work_order(std::int64_t heads, int tiles, std::int64_t block
 }
 
 // Shares the last works of an order if they then end sooner: those that are left when every one of `blocks` blocks has
-// taken as many as the others. A work has `steps`; a block's beginning and end take the time of `kStepsOfBlock` more,
-// and adding up what the parts compute that of `kStepsOfSums` (attention.md).
+// taken as many as the others. A work has `steps`; a block's beginning and end are taken to need the time of
+// `kStepsOfBlock` more, and adding up what the parts compute that of `kStepsOfSums`: of the counts that were measured
+// they choose the best, or one beside it (attention.md).
 constexpr WorkOrder share_last(WorkOrder order, int blocks, int steps) {
   constexpr int kMostParts = 8, kStepsOfBlock = 4, kStepsOfSums = 3;
   const int shared = order.count() % max_of(blocks, 1);

@@ -78,6 +78,7 @@ const Test shares("work order: the last works are shared where they then end soo
     return share_last(work_order(1, works, 132, 8 << 20, 1), 132, steps).parts;
   };
   check(parts(15 * 132 + 68, 256) == 7, "68 works of 256 steps: in four rounds of a seventh, not in one");
+  check(parts(132 + 3, 5) == 5 && parts(132 + 3, 9) > 1, "three of 520 keys: small cases of the bench");
   check(parts(15 * 132 + 68, 5) == 1, "works too short to be divided");
   check(parts(16 * 132, 256) == 1 && parts(16 * 132 - 1, 256) == 1, "none left over, or one missing");
   check(parts(0, 256) == 1, "no works");
