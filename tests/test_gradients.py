@@ -264,6 +264,30 @@ def test_a_bias_of_its_own_shape_gets_a_gradient_of_that(device, dtype) -> None:
     assert relative_error(of(whole[:1, :1].expand(2, HEADS, 70)), expected) < 1e-6
 
 
+def gradients_of(function: Any, case: Case, dtype: torch.dtype, wanted: str, options: dict[str, Any]) -> list[Tensor]:
+    """On the GPU, of the same bf16 inputs."""
+    named = zip("qkv", case.inputs("cuda", torch.bfloat16), strict=True)
+    leaves = [x.to(dtype).requires_grad_(name in wanted) for name, x in named]
+    dout, _ = case.cotangents("cuda", torch.bfloat16)
+    result = function(*leaves, **options)
+    out = result[0] if isinstance(result, tuple) else result  # the formula's comes with its log-sum-exp
+    return list(torch.autograd.grad(out, [x for x in leaves if x.requires_grad], dout.to(dtype)))
+
+
+def assert_tiles_are_as_exact(results: list[Tensor], op: str, case: Case, wanted: str, options: dict[str, Any]) -> None:
+    """As the formula in the same precision, in every tile of 128 tokens of each head."""
+    formula = partial(gradients_of, getattr(reference, op), case, wanted=wanted, options=options)
+
+    def norms(x: Tensor) -> Tensor:
+        return x.double().unflatten(1, (-1, 128)).norm(dim=(2, 4))
+
+    def largest(gradient: Tensor, exact: Tensor) -> float:
+        return (norms(gradient - exact) / norms(exact)).nan_to_num(0.0, posinf=torch.inf).max().item()
+
+    for result, rival, exact in zip(results, formula(torch.bfloat16), formula(torch.float64), strict=True):
+        assert largest(result, exact) <= 2 * largest(rival, exact) + 1e-4
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize(
@@ -273,32 +297,29 @@ def test_a_bias_of_its_own_shape_gets_a_gradient_of_that(device, dtype) -> None:
 )
 def test_key_tiles_that_are_left_over_are_shared(op: str, options: dict[str, Any], head_dim: int) -> None:
     """Several thread blocks take one of these, and dk and dv are sums of theirs."""
-    multiprocessors = torch.cuda.get_device_properties("cuda").multi_processor_count
-    heads = multiprocessors // 8 + 1  # of eight key tiles
+    heads = num_multiprocessors() // 8 + 1  # of eight key tiles
     case = Case(1024, 1024, batch=1, heads=heads, kv_heads=heads, head_dim=head_dim)
-    inputs = case.inputs("cuda", torch.bfloat16)
-    dout, _ = case.cotangents("cuda", torch.bfloat16)
-
-    def gradients(function: Any, dtype: torch.dtype) -> tuple[Tensor, ...]:
-        leaves = [x.to(dtype).requires_grad_() for x in inputs]
-        result = function(*leaves, **options)
-        out = result[0] if isinstance(result, tuple) else result  # the formula's comes with its log-sum-exp
-        return torch.autograd.grad(out, leaves, dout.to(dtype))
-
-    def errors(results: tuple[Tensor, ...], exact: tuple[Tensor, ...]) -> list[float]:
-        """The largest of any tile of 128 tokens."""
-
-        def norms(x: Tensor) -> Tensor:
-            return x.double().unflatten(1, (8, 128)).norm(dim=(2, 4))
-
-        return [(norms(x - y) / norms(y)).max().item() for x, y in zip(results, exact, strict=True)]
-
-    ours, formula = getattr(fastattn, op), getattr(reference, op)
     with torch.profiler.profile() as profile:
-        results = gradients(ours, torch.bfloat16)
+        results = gradients_of(getattr(fastattn, op), case, torch.bfloat16, "qkv", options)
         torch.cuda.synchronize()
     assert any("finish_keys_kernel" in event.key for event in profile.key_averages()), "none was shared"
-    exact = gradients(formula, torch.float64)
-    rivals = gradients(formula, torch.bfloat16)
-    for error, rival in zip(errors(results, exact), errors(rivals, exact), strict=True):
-        assert error <= 2 * rival + 1e-4
+    assert_tiles_are_as_exact(results, op, case, "qkv", options)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize(("wanted", "deterministic"), [("qkv", False), ("qkv", True), ("kv", False)])
+@pytest.mark.parametrize("options", [{"causal": True}, {"window": (200, 0)}], ids=str)
+def test_a_thread_block_takes_several_key_tiles(
+    options: dict[str, Any], wanted: str, deterministic: bool, head_dim: int
+) -> None:
+    """One after the other, of different lengths; no query sees the first ones of the window."""
+    heads = num_multiprocessors() * (12 if deterministic else 3) // 8 + 1  # of eight key tiles; in turns from 12 on
+    case = Case(640, 1024, batch=1, heads=heads, kv_heads=heads, head_dim=head_dim)
+    ours = partial(fastattn.attention, deterministic=deterministic)
+    results = gradients_of(ours, case, torch.bfloat16, wanted, options)
+    assert_tiles_are_as_exact(results, "attention", case, wanted, options)
+
+
+def num_multiprocessors() -> int:
+    return torch.cuda.get_device_properties("cuda").multi_processor_count

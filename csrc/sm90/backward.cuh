@@ -23,6 +23,7 @@
 #include "sm90/key_sums.hpp"
 #include "sm90/modifier.cuh"
 #include "sm90/output.cuh"
+#include "sm90/ring.cuh"
 #include "sm90/shared_tile.cuh"
 #include "sm90/tma.cuh"
 #include "sm90/wgmma.cuh"
@@ -30,8 +31,12 @@
 
 namespace fastattn::sm90 {
 
+// Room for the counter of a WorkQueue, as much as leaves what follows it aligned.
+inline constexpr std::int64_t kTakenBytes = 256;
+
 // The caller's workspace, for the slots of whole query tiles. Scores without row statistics have no lse2 and delta.
 struct BackwardWorkspace {
+  int* taken;    // a WorkQueue's; zeroed with the sums of dQ, which follow it
   float* lse2;   // [batch, heads, query slots]: base-2 log-sum-exp, +∞ where a row keeps nothing or does not exist
   float* delta;  // likewise: Σ(out · dout) − dlse, or the row's share of the gradient of a score's bias
   float* dq;     // [batch, heads, query tiles, warpgroups, 8, 128, 4]: 64 × 64 pieces in register order; null: no sums
@@ -58,6 +63,7 @@ struct BackwardParams {
   int q_tiles;          // of a head
   WorkOrder order;      // of the tiles that thread blocks own
   KeySums key_sums;
+  WorkQueue works;
 };
 
 inline constexpr int kPiece = 64;  // sums in memory are of 64 × 64 pieces, one of a warpgroup
@@ -115,6 +121,9 @@ __global__ void prepare_kernel(const __grid_constant__ PrepareParams<Schedules> 
 
   const Element* const first_out = params.out.template row<const Element>(batch, 0, head) + column;
   const Element* const first_dout = params.dout.template row<const Element>(batch, 0, head) + column;
+  if (blockIdx.x == 0 && threadIdx.x == 0) {
+    *params.workspace.taken = 0;
+  }
   std::uint32_t out[kRowsOfThread][4] = {}, dout[kRowsOfThread][4] = {};
 #pragma unroll
   for (int i = 0; i < kRowsOfThread; ++i) {
@@ -214,20 +223,9 @@ __device__ void finish_piece(const float* sums, float scale, const bool (&is_bli
   store_rows<Element>(value, staging, 0, threadIdx.x, 0, to, batch, head, first_column, token_of);
 }
 
-template <class Schedules>
-struct FinishParams {
-  TensorView dq, dk, dv;
-  BackwardWorkspace workspace;
-  Schedules schedule;
-  float scale;
-  int q_tiles;
-  WorkOrder order;
-  KeySums key_sums;
-};
-
 // dK = scale · the sums, and dV; one block per piece.
-template <class Kernel, class Schedules>
-__global__ void finish_keys_kernel(const __grid_constant__ FinishParams<Schedules> params) {
+template <class Kernel>
+__global__ void finish_keys_kernel(const __grid_constant__ typename Kernel::Params params) {
   constexpr int kAcross = Kernel::kHeadDim / kPiece, kPieces = Kernel::kWarpgroups * kAcross;
   const int piece = static_cast<int>(blockIdx.x) % kPieces, tile = static_cast<int>(blockIdx.x) / kPieces;
   const bool of_values = tile >= params.key_sums.tiles;
@@ -244,8 +242,8 @@ __global__ void finish_keys_kernel(const __grid_constant__ FinishParams<Schedule
 
 // dQ = scale · the sums; one block per piece. A row that sees nothing has 0: its sums are of 0 times keys, which may be
 // NaN.
-template <class Kernel, class Schedules>
-__global__ void finish_kernel(const __grid_constant__ FinishParams<Schedules> params) {
+template <class Kernel>
+__global__ void finish_kernel(const __grid_constant__ typename Kernel::Params params) {
   const int warpgroup = blockIdx.x % Kernel::kWarpgroups;
   const std::int64_t tile = blockIdx.x / Kernel::kWarpgroups;
   const int q_tile = static_cast<int>(tile % params.q_tiles);

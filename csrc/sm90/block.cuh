@@ -4,10 +4,35 @@
 #include <cutlass/arch/barrier.h>
 #include <cutlass/arch/reg_reconfig.h>
 
+#include <cstddef>
+
 #include "sm90/config.hpp"
 #include "sm90/shared_tile.cuh"
 
 namespace fastattn::sm90 {
+
+// The thread block's shared memory. Its address comes from nowhere that the compiler could look up again: it would,
+// from a special register at the head of an inner loop, where that took 3 % of a backward's time (attention.md).
+template <class Shared>
+__device__ Shared& shared_memory() {
+  extern __shared__ std::byte bytes[];
+  std::size_t address = __cvta_generic_to_shared(bytes);
+  asm volatile("" : "+l"(address));
+  return *static_cast<Shared*>(__cvta_shared_to_generic(address));
+}
+
+// threadIdx.x, read anew, so that nothing made of it takes a register before.
+__device__ inline unsigned thread_anew() {
+  unsigned thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  return thread;
+}
+
+// Which thread of its warpgroup this is, kept: from the exchange the compiler does not know that it could read it
+// again, and wait for that.
+__device__ inline int kept_thread() {
+  return __shfl_sync(0xffffffffu, threadIdx.x % kWarpgroupThreads, threadIdx.x % 32);
+}
 
 // The first warp of the first warpgroup produces: produce(). Its second warp may help: assist(). The other warpgroups
 // consume: consume(warpgroup), numbered from 0, with the registers that the first one has no use for. Before, one

@@ -1,7 +1,7 @@
-// Gradients of keys and values: a thread block owns a key tile, each of its warpgroups 64 keys. K and V stay in shared
-// memory, dK and dV in registers, while the block walks the query tiles that see the tile (the schedule, transposed),
-// for every query head that shares the key head. Or several blocks own it, for a head each or a share of the query
-// tiles, and their dK and dV are added up in memory:
+// Gradients of keys and values: a thread block takes one key tile after the other, each of its warpgroups 64 keys. K
+// and V stay in shared memory, dK and dV in registers, while the query tiles that see the tile (the schedule,
+// transposed) stream past, for every query head that shares the key head. Or several works share a tile, for a head
+// each or a share of the query tiles, and their dK and dV are added up in memory:
 //
 //   Sᵀ = K Qᵀ, dPᵀ = V dOᵀ → P = weight(S), dS = score_gradient(P, dP) → dV += Pᵀ dO, dK += dSᵀ Q (, dQ += dS K)
 //
@@ -10,8 +10,9 @@
 // global memory, in the order of the accumulator's registers, so that every reduction is a coalesced 16-byte one.
 //
 // dQ is that of the tile before: its dS is there, so that the product runs while this tile's P and dS are computed, and
-// no warpgroup waits for another. Its reductions come after the fence that publishes this tile's dS, for a fence waits
-// for those under way: before it they cost a fifth of the time, after dK 4 % (attention.md).
+// no warpgroup waits for another; that of a work's last tile is computed in the first step of the next work. Its
+// reductions come after the fence that publishes this tile's dS, for a fence waits for those under way: before it they
+// cost a fifth of the time, after dK 4 % (attention.md).
 #pragma once
 
 #include <cstdint>
@@ -24,6 +25,7 @@
 #include "sm90/block.cuh"
 #include "sm90/config.hpp"
 #include "sm90/key_tile.cuh"
+#include "sm90/key_works.cuh"
 #include "sm90/ring.cuh"
 #include "sm90/shared_tile.cuh"
 #include "sm90/wgmma.cuh"
@@ -64,6 +66,14 @@ struct KeyGradientKernel {
   static constexpr bool kTurnsFromWeights = kTakesTurns && kHeadDim <= 64;
   static constexpr bool kTurnsFromProducts = kTakesTurns && !kTurnsFromWeights;
   static constexpr bool kTurnsUntilQueries = kTurnsFromWeights && kTileBehind;
+  // Is there no register for all that follows from a thread's index? Then one is kept for the index, and the rest made
+  // of it where it is wanted, or of the index read anew where that is waited for anyway.
+  static constexpr bool kShortOfRegisters = kTileBehind && kHeadDim <= 64;
+  static constexpr bool kStays = true;  // its thread blocks take one work after the other
+  // Two tiles of keys, for dQ of a work's last query tile is computed in the first step of the next; of values as many
+  // as there is room for; dS of this tile, of the one before, and of one more, which a warpgroup that is a tile behind
+  // may still read.
+  static constexpr int kKeyStages = 2, kValueStages = kHeadDim <= 64 ? 2 : 1, kScoreSlots = 3;
   using Params = BackwardParams<Variant>;
   using Position = RingPosition<kStages>;
   using KeyTile = SharedTile<Element, kTile.k, kHeadDim>;
@@ -71,13 +81,13 @@ struct KeyGradientKernel {
   using ScoreTile = SharedTile<Element, kTile.k, kTile.q>;  // keys × queries
 
   struct Shared {
-    KeyTile k, v;  // at the end: dK, dV
+    KeyTile k[kKeyStages], v[kValueStages];  // at the end of a work V's place is dV's, then dK's
     QueryTile q[kStages], dout[kStages];
-    // Of this tile, of the one before, and of one more, which a warpgroup that is a tile behind may still read.
-    std::conditional_t<kSumsQueries, ScoreTile, Nothing> dscores[2 * kStages];
+    std::conditional_t<kSumsQueries, ScoreTile, Nothing> dscores[kScoreSlots];
     alignas(16) float lse2[kStages][kTile.q], delta[kStages][kTile.q];
     int sums[2 * kStages];  // which of all query tiles the tile in a slot is; −1: none
-    Barrier kv_full, dscores_full[kStages];
+    Barrier k_free[kKeyStages], v_free[kValueStages], dscores_full[kStages];
+    TakenWorks<kStages> works;
     Turns<kStages> turns;
     Ring<kStages, Announcement> q_ring;  // with lse2
     Ring<kStages> dout_ring;             // with delta
@@ -87,36 +97,61 @@ struct KeyGradientKernel {
         tile = -1;
       }
       for (Barrier& full : dscores_full) {
-        full.init(kWarpgroups * kWarpgroupWarps * kReleasingLanes);
+        full.init(releases(kWarpgroups));
       }
       turns.init(kWarpgroups);
     }
   };
 
   static __device__ void run(const Params& params) {
-    own_key_tile<KeyGradientKernel>(
-        params, [&](Shared& shared, KeyTileWork work, int warpgroup) { consume(params, shared, work, warpgroup); });
+    own_key_tiles<KeyGradientKernel>(params,
+                                     [&](Shared& shared, int warpgroup) { consume(params, shared, warpgroup); });
   }
 
-  static __device__ void consume(const Params& params, Shared& shared, KeyTileWork work, int warpgroup) {
-    constexpr int kConsumers = kWarpgroups * kWarpgroupThreads;
-    const int thread = threadIdx.x % kWarpgroupThreads;
-    const AccumulatorThread at(thread);
-    const int shared_row = warpgroup * kWarpgroupRows;
-    [[maybe_unused]] const int piece_row = warpgroup % kRowPieces * kPiece,
-                               piece_column = warpgroup / kRowPieces * kPiece;
+  // Where a consumer is, from one work to the next.
+  struct Place {
+    Position queries;
+    RingPosition<kKeyStages> keys;
+    RingPosition<kValueStages> values;
+    int dscores = 0, dscores_before = kScoreSlots - 1;  // the slots of this tile's and of the one before
+    int keys_behind = 0;                                // the stage of the keys for dQ of the tile before
+  };
 
-    float dk[kHeadDim / 2] = {}, dv[kHeadDim / 2] = {};
-    Position position;
-
-    wait_for(shared.kv_full, 0);
+  static __device__ void consume(const Params& params, Shared& shared, int warpgroup) {
     const WarpgroupTurns<kWarpgroups, 1 + kWarpgroups> turns(warpgroup);
+    Place place;
+    // From the exchange the compiler learns that a warp stays together, and keeps its uniform values in uniform
+    // registers.
+    for (int index = 0; __shfl_sync(0xffffffffu, shared.q_ring.next(place.queries).head, 0) >= 0; ++index) {
+      sum_gradients(params, shared, shared.works[index], warpgroup, turns, place);
+    }
+    turns.finish();
+    if constexpr (kTileBehind) {
+      float dq[kPiece / 2];
+      multiply_keys(shared, place.queries.before(), place.dscores_before, shared.k[place.keys_behind], warpgroup, dq);
+      wgmma::wait<0>();
+      wgmma::pin(dq);
+      add_piece_behind(params, shared, place.queries.before(), warpgroup, threadIdx.x % kWarpgroupThreads, dq);
+    }
+  }
+
+  // One work: all query tiles that see a key tile, or a share of them.
+  static __device__ void sum_gradients(const Params& params, Shared& shared, const KeyTileWork& work, int warpgroup,
+                                       const WarpgroupTurns<kWarpgroups, 1 + kWarpgroups>& turns, Place& place) {
+    constexpr int kConsumers = kWarpgroups * kWarpgroupThreads;
+    Position& position = place.queries;
+    const KeyTile& keys = shared.k[__shfl_sync(0xffffffffu, place.keys.stage, 0)];
+    KeyTile& values = shared.v[__shfl_sync(0xffffffffu, place.values.stage, 0)];
+    const int thread = kShortOfRegisters ? kept_thread() : static_cast<int>(threadIdx.x % kWarpgroupThreads);
+    const int shared_row = warpgroup * kWarpgroupRows;
+    float dk[kHeadDim / 2] = {}, dv[kHeadDim / 2] = {};
     Announcement run{};
     Score score = params.score;
     [[maybe_unused]] const int first_slot = work.k_tile * kTile.k + shared_row;
     KeyBiasRows rows;
     const auto step = [&](int q_tile, auto coverage, std::uint16_t cells) {
       const int stage = position.stage;
+      const AccumulatorThread at(kShortOfRegisters ? static_cast<int>(thread_anew() % kWarpgroupThreads) : thread);
       float scores[kTile.q / 2], dscores[kTile.q / 2];  // transposed: this warpgroup's keys × the tile's queries
       std::uint32_t weights_operand[kTile.q / 4], dscores_operand[kTile.q / 4];
       constexpr bool kPartial = coverage() == Coverage::kPartial;
@@ -129,12 +164,12 @@ struct KeyGradientKernel {
       shared.q_ring.wait(position);
       wgmma::pin(scores);
       wgmma::fence();
-      wgmma::multiply<Element, kHeadDim>(shared.k.k_major(shared_row), shared.q[stage].k_major(), scores, false);
+      wgmma::multiply<Element, kHeadDim>(keys.k_major(shared_row), shared.q[stage].k_major(), scores, false);
       wgmma::commit();
       shared.dout_ring.wait(position);
       wgmma::pin(dscores);
       wgmma::fence();
-      wgmma::multiply<Element, kHeadDim>(shared.v.k_major(shared_row), shared.dout[stage].k_major(), dscores, false);
+      wgmma::multiply<Element, kHeadDim>(values.k_major(shared_row), shared.dout[stage].k_major(), dscores, false);
       wgmma::commit();
 
       wgmma::wait<1>();
@@ -179,7 +214,7 @@ struct KeyGradientKernel {
       pack<Element>(scores, weights_operand);
       pack<Element>(dscores, dscores_operand);
       if constexpr (kStoresFirst) {
-        store_packed(dscores_operand, shared.dscores[position.slot()], shared_row, thread);
+        store_packed(dscores_operand, shared.dscores[place.dscores], shared_row, thread);
       }
 
       if constexpr (kTurnsFromProducts) {
@@ -187,7 +222,7 @@ struct KeyGradientKernel {
       }
       [[maybe_unused]] float dq[kPiece / 2];
       if constexpr (kTileBehind) {
-        multiply_keys(shared, position.before(), piece_row, piece_column, dq);
+        multiply_keys(shared, position.before(), place.dscores_before, shared.k[place.keys_behind], warpgroup, dq);
       }
       if constexpr (kTurnsUntilQueries) {
         turns.pass();
@@ -202,22 +237,22 @@ struct KeyGradientKernel {
       }
       if constexpr (kSumsQueries) {
         if constexpr (!kStoresFirst) {
-          store_packed(dscores_operand, shared.dscores[position.slot()], shared_row, thread);
+          store_packed(dscores_operand, shared.dscores[place.dscores], shared_row, thread);
         }
         publish_shared();
       }
       if constexpr (kTileBehind) {
-        __syncwarp();
-        if (thread % 32 < kReleasingLanes) {
-          shared.dscores_full[stage].arrive();
-        }
+        release_by_election(shared.dscores_full[stage]);
         wgmma::wait<1>();
         wgmma::pin(dq);
-        const Position before = position.before();
-        add_piece(params, shared, before, shared.sums[before.slot()], warpgroup, thread, dq);
+        add_piece_behind(params, shared, position.before(), warpgroup, thread, dq);
+        if (place.keys_behind != place.keys.stage) {
+          release_by_election(shared.k_free[place.keys_behind]);
+          place.keys_behind = place.keys.stage;
+        }
       } else if constexpr (kSumsQueries) {
         cutlass::arch::NamedBarrier::sync(kConsumers, 0);
-        multiply_keys(shared, position, piece_row, piece_column, dq);
+        multiply_keys(shared, position, place.dscores, keys, warpgroup, dq);
       }
       wgmma::pin(dk);
       wgmma::pin(dscores_operand);
@@ -228,7 +263,7 @@ struct KeyGradientKernel {
       wgmma::wait<1>();
       wgmma::pin(dv);
       wgmma::pin(weights_operand);
-      shared.dout_ring.release(position);
+      shared.dout_ring.release_by_election(position);
       if constexpr (kSumsQueries && !kTileBehind) {
         wgmma::pin(dq);
         const std::int64_t tile = first_tile_of<KeyGradientKernel>(params, work, run.head) + q_tile;
@@ -238,62 +273,63 @@ struct KeyGradientKernel {
       wgmma::wait<0>();
       wgmma::pin(dk);
       wgmma::pin(dscores_operand);
-      shared.q_ring.release(position);
+      shared.q_ring.release_by_election(position);
       position.advance();
+      place.dscores_before = place.dscores;
+      place.dscores = place.dscores == kScoreSlots - 1 ? 0 : place.dscores + 1;
     };
     int head = -1;
     do {
       run = shared.q_ring.next(position);
       score = params.score.at(run.head);
       if constexpr (kModified) {
-        rows.move_to(run, head, params, work, first_slot, at);
+        rows.move_to(run, head, params, work, first_slot, AccumulatorThread(thread));
       }
       for_each_tile(run, step);
     } while (!run.last);
-    turns.finish();
     if constexpr (kModified) {
-      rows.end(params, work, head, first_slot, at);
+      rows.end(params, work, head, first_slot, AccumulatorThread(thread));
     }
 
-    // Epilogue: dQ of the last tile; then dK and dV take the place of K and V, once no warpgroup reads them any more,
-    // or are added to other blocks'.
-    if constexpr (kTileBehind) {
-      float dq[kPiece / 2];
-      const Position last = position.before();
-      multiply_keys(shared, last, piece_row, piece_column, dq);
-      wgmma::wait<0>();
-      wgmma::pin(dq);
-      add_piece(params, shared, last, shared.sums[last.slot()], warpgroup, thread, dq);
+    // dV and then dK take the place of this warpgroup's rows of V, which no other reads, or are added to other blocks'.
+    // dQ of the last tile comes in the next work's first step.
+    if (kMaySumKeys && work.summed >= 0) {
+      add_key_gradients(params.key_sums, work.summed, dk, dv);
+    } else {
+      store_key_gradient<Element>(params, work, params.dv, dv, 1.f, values, shared_row, 1 + warpgroup);
+      cutlass::arch::NamedBarrier::sync(kWarpgroupThreads, 1 + warpgroup);
+      store_key_gradient<Element>(params, work, params.dk, dk, params.scale, values, shared_row, 1 + warpgroup);
+      publish_shared();  // the next values are copied over what this thread has read
     }
-    if constexpr (kMaySumKeys) {
-      if (params.key_sums.data != nullptr) {
-        int block;
-        asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(block));  // anew, as below
-        if (const int tile = params.key_sums.tile_of(params.order, block); tile >= 0) {
-          add_key_gradients(params.key_sums, tile, dk, dv);
-          return;
-        }
-      }
+    release_by_election(shared.v_free[place.values.stage]);
+    place.values.advance();
+    if constexpr (!kTileBehind) {
+      release_by_election(shared.k_free[place.keys.stage]);
     }
-    if constexpr (kSumsQueries) {
-      cutlass::arch::NamedBarrier::sync(kConsumers, 0);
-    }
-    store_key_gradient<Element>(params, work, params.dk, dk, params.scale, shared.k, shared_row, 1 + warpgroup);
-    store_key_gradient<Element>(params, work, params.dv, dv, 1.f, shared.v, shared_row, 1 + warpgroup);
+    place.keys.advance();
   }
 
-  // Begins a piece of dQ = dS K of the tile at `at`, which a tile behind waits until all warpgroups have written its
-  // dS. Before the first tile this is a product of whatever lies there, which nothing adds.
-  static __device__ void multiply_keys(Shared& shared, Position at, int piece_row, int piece_column,
+  // Begins a warpgroup's piece of dQ = dS K of the tile at `at`, whose dS is in a slot; a tile behind, once all
+  // warpgroups have written it. Before the first tile this is a product of whatever lies there, which nothing adds.
+  static __device__ void multiply_keys(Shared& shared, Position at, int slot, const KeyTile& keys, int warpgroup,
                                        float (&dq)[kPiece / 2]) {
+    auto dscores_operand = shared.dscores[slot].mn_major(warpgroup % kRowPieces * kPiece);
+    auto keys_operand = keys.mn_major(warpgroup / kRowPieces * kPiece);
+    dscores_operand.pin();  // before the wait, so that the product follows it at once
+    keys_operand.pin();
     if constexpr (kTileBehind) {
       wait_for(shared.dscores_full[at.stage], at.parity);
     }
     wgmma::pin(dq);
     wgmma::fence();
-    wgmma::multiply<Element, kTile.k>(shared.dscores[at.slot()].mn_major(piece_row), shared.k.mn_major(piece_column),
-                                      dq, false);
+    wgmma::multiply<Element, kTile.k>(dscores_operand, keys_operand, dq, false);
     wgmma::commit();
+  }
+
+  // Adds a piece of dQ of the tile at `at`, the one before.
+  static __device__ void add_piece_behind(const Params& params, Shared& shared, Position at, int warpgroup, int thread,
+                                          const float (&value)[kPiece / 2]) {
+    add_piece(params, shared, at, shared.sums[at.slot()], warpgroup, thread, value);
   }
 
   // Adds a 64 × 64 accumulator to its place in global memory; `tile` is which of all query tiles it is of, −1: of none.
@@ -314,8 +350,7 @@ struct KeyGradientKernel {
   // Adds this warpgroup's 64 rows of dK and dV to what other blocks have for the same tile.
   static __device__ void add_key_gradients(const KeySums& sums, int tile, const float (&dk)[kHeadDim / 2],
                                            const float (&dv)[kHeadDim / 2]) {
-    int index;
-    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index));  // anew: among the products no register is left to keep it
+    const unsigned index = thread_anew();
     const int thread = index % kWarpgroupThreads, warpgroup = index / kWarpgroupThreads - 1;
     const auto rows_of = [&](std::int64_t tile) {
       return sums.data + (tile * kWarpgroups + warpgroup) * (kWarpgroupRows * kHeadDim);

@@ -1,4 +1,4 @@
-// What the kernels whose thread blocks own a key tile share: which tile it is, the queries that stream past, the end.
+// What the kernels whose thread blocks own key tiles share: which tile a work is of, the queries that see it, the end.
 #pragma once
 
 #include <cstdint>
@@ -16,14 +16,15 @@ namespace fastattn::sm90 {
 
 struct KeyTileWork {
   int k_tile, kv_head, sequence, batch;
-  int first_head;  // of queries
+  int first_head;   // of queries
+  int part, parts;  // which share of the query tiles is this work's
+  int summed;       // which of the tiles whose dK and dV are sums; −1: none
   bool exists;
 };
 
-// This block's tile.
+// A work's tile.
 template <class Kernel>
-__device__ KeyTileWork key_tile_work(const typename Kernel::Params& params) {
-  const int block = static_cast<int>(blockIdx.x);
+__device__ KeyTileWork key_tile_work(const typename Kernel::Params& params, int block) {
   const WorkOrder& order = params.order;
   const WorkOrder::Place place =
       Kernel::kInTurns ? order.at_in_turns(block) : order.at(Kernel::kSharesWorks ? order.share_of(block).work : block);
@@ -35,31 +36,14 @@ __device__ KeyTileWork key_tile_work(const typename Kernel::Params& params) {
           .sequence = at.sequence,
           .batch = batch_of(params.schedule, at.sequence),
           .first_head = head_block * params.heads_per_block,
+          .part = Kernel::kSharesWorks ? order.share_of(block).part : 0,
+          .parts = Kernel::kSharesWorks ? order.share_of(block).parts : 1,
+          .summed = params.key_sums.data == nullptr ? -1 : params.key_sums.tile_of(order, block),
           .exists = at.k_tile * Kernel::kTile.k < slots_of(params.schedule, at.sequence).num_k};
 }
 
 // Whether dQ is computed too, and in which order key tiles add to it: in any, or one after the other.
 enum class QuerySums { kNone, kInAnyOrder, kInTurns };
-
-// How the warps of a thread block learn that it is its turn to add to a query tile, and tell that they have.
-template <int kStages>
-struct Turns {
-  Barrier come[kStages], passed[kStages];
-
-  __device__ void init(int consumer_warpgroups) {
-    for (int i = 0; i < kStages; ++i) {
-      come[i].init(1);
-      passed[i].init(consumer_warpgroups * kWarpgroupWarps * kReleasingLanes);
-    }
-  }
-  __device__ void wait(RingPosition<kStages> at) { wait_for(come[at.stage], at.parity); }
-  __device__ void pass(RingPosition<kStages> at) {
-    __syncwarp();
-    if (threadIdx.x % 32 < kReleasingLanes) {
-      passed[at.stage].arrive();
-    }
-  }
-};
 
 // Are all key tiles that a query tile sees consecutive, and is the last one known?
 template <class Schedules>
@@ -71,17 +55,16 @@ inline constexpr bool kTellsLastKeyTile =
 template <class Schedules>
 inline constexpr bool kHostKnowsRuns = !Schedules::kInMemory && kTellsLastKeyTile<Schedules>;
 
-// Calls visit(head, run) for the runs of query tiles that see a key tile, head after head, or for this block's share of
+// Calls visit(head, run) for the runs of query tiles that see a key tile, head after head, or for a work's share of
 // each run.
 template <class Kernel, class Visit>
 __device__ void visit_queries(const typename Kernel::Params& params, KeyTileWork work, Visit&& visit) {
-  [[maybe_unused]] const WorkOrder::Share share = params.order.share_of(static_cast<int>(blockIdx.x));
   for (int head = work.first_head; head < work.first_head + params.heads_per_block; ++head) {
     auto cursor = params.schedule.at(work.sequence, head).transposed().runs(work.k_tile, Kernel::kTransposed);
     for (TileRun run; cursor.next(run);) {
       if constexpr (Kernel::kSharesWorks) {
-        if (share.parts > 1) {  // else not two divisions before the first copy
-          run = run.share(share.part, share.parts);
+        if (work.parts > 1) {  // else not two divisions before the first copy
+          run = run.share(work.part, work.parts);
         }
       }
       if (run.count > 0) {
@@ -96,106 +79,6 @@ template <class Kernel>
 __device__ std::int64_t first_tile_of(const typename Kernel::Params& params, KeyTileWork work, int head) {
   return (std::int64_t{work.batch} * params.heads + head) * params.q_tiles +
          first_q_tile(params.schedule, work.sequence, Kernel::kTile);
-}
-
-// Assistant: waits for this block's turn at each of the query tiles, and passes it on. Key tiles take turns from the
-// last to the first, which is the order in which their blocks begin (a block waits only for others that run or are
-// done), and in which under a causal mask they come to a query tile.
-template <class Kernel>
-__device__ void take_turns(const typename Kernel::Params& params, typename Kernel::Shared& shared, KeyTileWork work) {
-  if (!cute::elect_one_sync()) {
-    return;
-  }
-  typename Kernel::Position at;
-  visit_queries<Kernel>(params, work, [&](int head, TileRun run) {
-    const auto schedule = params.schedule.at(work.sequence, head);
-    int* const turns = params.workspace.turns + first_tile_of<Kernel>(params, work, head);
-    for (int q_tile = run.first; q_tile < run.first + run.count; ++q_tile) {
-      const int turn = schedule.last_k_tile(q_tile, Kernel::kTile) - work.k_tile;
-      int passed;
-      do {
-        asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(passed) : "l"(turns + q_tile) : "memory");
-      } while (passed < turn);
-      shared.turns.come[at.stage].arrive();
-      wait_for(shared.turns.passed[at.stage], at.parity);
-      asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(turns + q_tile), "r"(turn + 1) : "memory");
-      at.advance();
-    }
-  });
-}
-
-// Producer: loads K and V of the tile, then into two rings Q with lse2 and dO with delta of each query tile that sees
-// it.
-template <class Kernel>
-__device__ void stream_queries(const typename Kernel::Params& params, typename Kernel::Shared& shared,
-                               KeyTileWork work) {
-  using KeyTile = typename Kernel::KeyTile;
-  using QueryTile = typename Kernel::QueryTile;
-  constexpr TileShape kTile = Kernel::kTile;
-  constexpr bool kStatistics = Kernel::Score::kRowStatistics;
-  constexpr int kRowBytes = kStatistics ? kTile.q * sizeof(float) : 0;
-  const auto place = slots_of(params.schedule, work.sequence);
-  const auto key_origin = place.key_origin(work.k_tile, kTile);
-  if (cute::elect_one_sync()) {
-    shared.kv_full.arrive_and_expect_tx(2 * KeyTile::kBytes);
-    params.k.load(shared.k, key_origin, work.kv_head, work.batch, shared.kv_full);
-    params.v.load(shared.v, key_origin, work.kv_head, work.batch, shared.kv_full);
-  }
-  typename Kernel::Position at;
-  announce([&](auto&& report) { visit_queries<Kernel>(params, work, report); },
-           [&](Announcement run) {
-             if (run.count == 0) {
-               shared.q_ring.fill(at, 0, run, [](Barrier&) {});
-             }
-             for (int q_tile = run.first; q_tile < run.first + run.count; ++q_tile) {
-               const std::int64_t tile = first_tile_of<Kernel>(params, work, run.head) + q_tile;
-               const auto origin = place.query_origin(q_tile, kTile);
-               if constexpr (Kernel::kTileBehind) {
-                 if (cute::elect_one_sync()) {
-                   shared.sums[at.slot()] = static_cast<int>(tile);
-                 }
-               }
-               shared.q_ring.fill(at, QueryTile::kBytes + kRowBytes, run, [&](Barrier& full) {
-                 params.q.load(shared.q[at.stage], origin, run.head, work.batch, full);
-                 if constexpr (kStatistics) {
-                   load_bytes(shared.lse2[at.stage], params.workspace.lse2 + tile * kTile.q, kRowBytes, full);
-                 }
-               });
-               shared.dout_ring.fill(at, QueryTile::kBytes + kRowBytes, {}, [&](Barrier& full) {
-                 params.dout.load(shared.dout[at.stage], origin, run.head, work.batch, full);
-                 if constexpr (kStatistics) {
-                   load_bytes(shared.delta[at.stage], params.workspace.delta + tile * kTile.q, kRowBytes, full);
-                 }
-               });
-               at.advance();
-             }
-           });
-}
-
-// A thread block of such a kernel: its producer streams queries, its other warpgroups consume(shared, work, warpgroup).
-template <class Kernel, class Consume>
-__device__ void own_key_tile(const typename Kernel::Params& params, Consume&& consume) {
-  extern __shared__ std::byte shared_bytes[];
-  auto& shared = *reinterpret_cast<typename Kernel::Shared*>(shared_bytes);
-  const KeyTileWork work = key_tile_work<Kernel>(params);
-  if (!work.exists) {
-    return;
-  }
-  divide_block<Kernel::kConfig>(
-      [&] {
-        shared.kv_full.init(1);
-        shared.q_ring.init(Kernel::kWarpgroups);
-        shared.dout_ring.init(Kernel::kWarpgroups);
-        if constexpr (Kernel::kSumsQueries) {
-          shared.init_sums();
-        }
-      },
-      [&] { stream_queries<Kernel>(params, shared, work); }, [&](int warpgroup) { consume(shared, work, warpgroup); },
-      [&] {
-        if constexpr (Kernel::kInTurns) {
-          take_turns<Kernel>(params, shared, work);
-        }
-      });
 }
 
 // The statistics of the queries in columns `column` and `column` + 1 of a transposed score tile.
@@ -236,7 +119,7 @@ __device__ void store_key_gradient(const Params& params, KeyTileWork work, const
   for (int i = 0; i < kCount; ++i) {
     gradient[i] *= scale;
   }
-  store_rows<Element>(gradient, staging, first_row, threadIdx.x % kWarpgroupThreads, barrier, to, work.batch,
+  store_rows<Element>(gradient, staging, first_row, thread_anew() % kWarpgroupThreads, barrier, to, work.batch,
                       work.kv_head, 0,
                       [&](int row) { return key_token(params, work, work.k_tile * Tile::kRows + first_row + row); });
 }

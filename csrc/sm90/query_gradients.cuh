@@ -23,7 +23,7 @@ namespace fastattn::sm90 {
 template <class Variant, Config kConfig_>
 struct QueryGradientKernel {
   static constexpr bool kSumsQueries = false, kInTurns = false, kMaySumKeys = false, kSharesWorks = false,
-                        kSumsBias = Variant::Score::kBiasGradient;
+                        kStays = false, kSumsBias = Variant::Score::kBiasGradient;
   static constexpr Config kConfig = kConfig_;
   static constexpr TileShape kTile = kConfig.tile;
   static constexpr int kHeadDim = kConfig.head_dim;

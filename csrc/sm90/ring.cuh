@@ -12,6 +12,8 @@ namespace fastattn::sm90 {
 
 // Hands out works 0 … count − 1 of a launch: block b begins with work b, and whoever is done takes the next one left.
 struct WorkQueue {
+  static constexpr std::int64_t kMostWorks = 1 << 30;  // and as many more that find none left fit an int
+
   int count;
   int* taken;  // in global memory: how many were taken that no block began with; null: none are left
 
@@ -33,6 +35,10 @@ struct RingPosition {
   int stage = 0;
   std::uint32_t parity = 0;
 
+  // After so many tiles.
+  static __device__ RingPosition after(unsigned tiles) {
+    return {static_cast<int>(tiles % kStages), tiles / kStages % 2};
+  }
   // Where this tile's place is in twice as many stages.
   __device__ int slot() const { return static_cast<int>(parity) * kStages + stage; }
   __device__ RingPosition before() const {
@@ -63,6 +69,24 @@ inline constexpr int kReleasingLanes = 1;
 inline constexpr bool kMayArrive = true;
 #endif
 
+// How often consumers arrive when they hand a stage back.
+constexpr int releases(int warpgroups) { return warpgroups * kWarpgroupWarps * kReleasingLanes; }
+
+// Every thread of a warp: arrives for it, once its lanes have read or written what the barrier guards. To know whether
+// a lane speaks for its warp takes a register, or an election every time, which costs a forward half a per cent.
+__device__ inline void release(Barrier& barrier) {
+  __syncwarp();
+  if (threadIdx.x % 32 < kReleasingLanes) {
+    barrier.arrive();
+  }
+}
+__device__ inline void release_by_election(Barrier& barrier) {
+  __syncwarp();
+  if (kReleasingLanes > 1 || cute::elect_one_sync()) {
+    barrier.arrive();
+  }
+}
+
 // Tells the other threads of a named barrier that they need not wait for these.
 __device__ inline void arrive_at(int threads, int barrier) {
   if constexpr (kMayArrive) {
@@ -83,7 +107,7 @@ struct Ring {
   __device__ void init(int consumer_warpgroups) {
     for (int i = 0; i < kStages; ++i) {
       full[i].init(1);
-      empty[i].init(consumer_warpgroups * kWarpgroupWarps * kReleasingLanes);
+      empty[i].init(releases(consumer_warpgroups));
     }
   }
   // Producer, a whole warp: waits until the stage is free; then one lane calls copy(barrier), to start copies of
@@ -105,12 +129,8 @@ struct Ring {
     return messages[at.stage];
   }
   // Consumer, every thread: hands the stage back.
-  __device__ void release(RingPosition<kStages> at) {
-    __syncwarp();
-    if (threadIdx.x % 32 < kReleasingLanes) {
-      empty[at.stage].arrive();
-    }
-  }
+  __device__ void release(RingPosition<kStages> at) { sm90::release(empty[at.stage]); }
+  __device__ void release_by_election(RingPosition<kStages> at) { sm90::release_by_election(empty[at.stage]); }
 };
 
 // The run of tiles that begins in a stage, told to the consumers by the producer: it alone walks the schedule, because

@@ -69,10 +69,11 @@ std::size_t plan_workspace(const TensorView& q, const Schedules& schedules, void
   const std::int64_t lse2 = Kernel::Score::kRowStatistics ? rows : 0;
   const std::int64_t delta = Kernel::Score::kRowStatistics || Kernel::kSumsBias ? rows : 0;
   const std::int64_t turns = Kernel::kInTurns ? rows / Kernel::kTile.q : 0;
-  float* const floats = static_cast<float*>(base);
-  workspace = {floats + sums, floats + sums + lse2, Kernel::kSumsQueries ? floats : nullptr,
+  constexpr std::int64_t kTaken = kTakenBytes / sizeof(float);
+  float* const floats = static_cast<float*>(base) + kTaken;
+  workspace = {static_cast<int*>(base), floats + sums, floats + sums + lse2, Kernel::kSumsQueries ? floats : nullptr,
                Kernel::kInTurns ? reinterpret_cast<int*>(floats + sums + lse2 + delta) : nullptr};
-  return (sums + lse2 + delta + turns) * sizeof(float);
+  return (kTaken + sums + lse2 + delta + turns) * sizeof(float);
 }
 
 // lse2, delta and zeros where sums of dQ will be.
@@ -86,10 +87,8 @@ Status prepare(const BackwardProblem<Variant>& problem, const typename Kernel::P
                                            params.workspace, problem.schedule, params.q_tiles, blocks_of_head};
     return launch(prepare_kernel<Kernel, Schedules>, heads * blocks_of_head, kHelperThreads, 0, stream, prepare);
   } else {
-    return params.workspace.dq == nullptr
-               ? Status{}
-               : clear(params.workspace.dq, heads * params.q_tiles * Kernel::kTile.q * Kernel::kHeadDim * sizeof(float),
-                       stream);
+    const std::int64_t rows = params.workspace.dq == nullptr ? 0 : heads * params.q_tiles * Kernel::kTile.q;
+    return clear(params.workspace.taken, kTakenBytes + rows * Kernel::kHeadDim * sizeof(float), stream);
   }
 }
 
@@ -152,7 +151,13 @@ Status launch_gradients(const BackwardProblem<Variant>& problem, int& prepared, 
   params.heads_per_kv_head = heads_per_kv_head(problem.q, problem.k);
   plan_workspace<Kernel>(problem.q, problem.schedule, problem.workspace, params.workspace);
   const int tiles = kOwnsKeys ? num_k_tiles(problem.schedule, kTile) : params.q_tiles;
+  const std::int64_t works = problem.q.batch() * params.heads * std::int64_t{tiles};
+  if (works > WorkQueue::kMostWorks) {
+    return failure("the problem has %lld tiles of %d tokens, allowed are %lld", static_cast<long long>(works),
+                   kOwnsKeys ? kTile.k : kTile.q, static_cast<long long>(WorkQueue::kMostWorks));
+  }
   plan_works<Kernel, kOwnsKeys>(problem, tiles, params);
+  params.works = {params.order.blocks(), params.workspace.taken};
   MapEncoder encode;
   encode(problem.q, schedule.query_box(kTile), params.q, Kernel::QueryTile::kRowBytes);
   encode(problem.dout, schedule.query_box(kTile), params.dout, Kernel::QueryTile::kRowBytes);
@@ -163,6 +168,9 @@ Status launch_gradients(const BackwardProblem<Variant>& problem, int& prepared, 
   if (const int slots = params.q_tiles * kTile.q; status.ok() && slots != prepared) {
     status = prepare<Kernel>(problem, params, stream);
     prepared = std::is_same_v<OriginOf<Schedules>, int> ? slots : 0;  // else their order depends on the tiles
+  }
+  if (status.ok() && Kernel::kStays && params.q_tiles == 0) {  // no row was prepared, and the counter was not
+    status = clear(params.workspace.taken, sizeof(int), stream);
   }
   const std::int64_t key_pieces =
       2 * params.key_sums.tiles * (kTile.k / kPiece) * (Kernel::kHeadDim / kPiece);  // of dK and dV
@@ -179,10 +187,9 @@ Status launch_gradients(const BackwardProblem<Variant>& problem, int& prepared, 
     status = clear(problem.dkey_bias, problem.q.batch() * params.heads * problem.k.seq() * sizeof(float), stream);
   }
   if (status.ok()) {
-    const std::int64_t works =
-        problem.q.batch() * params.head_blocks * tiles;  // more than an int may hold, to be refused
-    status = launch(gradient_kernel<Kernel>, works + params.order.blocks() - params.order.count(),
-                    (Kernel::kWarpgroups + 1) * kWarpgroupThreads, sizeof(typename Kernel::Shared), stream, params);
+    const int blocks = Kernel::kStays ? min_of(params.order.blocks(), num_multiprocessors()) : params.order.blocks();
+    status = launch(gradient_kernel<Kernel>, blocks, (Kernel::kWarpgroups + 1) * kWarpgroupThreads,
+                    sizeof(typename Kernel::Shared), stream, params);
   }
   if constexpr (Kernel::kSumsBias) {
     if (status.ok() && problem.dbias != nullptr) {
@@ -192,18 +199,14 @@ Status launch_gradients(const BackwardProblem<Variant>& problem, int& prepared, 
     }
   }
   if constexpr (Kernel::kSumsQueries) {
-    const FinishParams<Schedules> finish{problem.dq,       problem.dk,       problem.dv,
-                                         params.workspace, problem.schedule, problem.scale,
-                                         params.q_tiles,   params.order,     params.key_sums};
     if constexpr (Kernel::kMaySumKeys) {
       if (status.ok()) {  // before dQ, which takes their place
-        status = launch(finish_keys_kernel<Kernel, Schedules>, key_pieces, kWarpgroupThreads, 0, stream, finish);
+        status = launch(finish_keys_kernel<Kernel>, key_pieces, kWarpgroupThreads, 0, stream, params);
       }
     }
     if (status.ok()) {
-      status = launch(finish_kernel<Kernel, Schedules>,
-                      problem.q.batch() * params.heads * params.q_tiles * Kernel::kWarpgroups, kWarpgroupThreads, 0,
-                      stream, finish);
+      status = launch(finish_kernel<Kernel>, problem.q.batch() * params.heads * params.q_tiles * Kernel::kWarpgroups,
+                      kWarpgroupThreads, 0, stream, params);
     }
   }
   return status;

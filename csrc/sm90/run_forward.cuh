@@ -27,7 +27,6 @@ template <class Kernel, class Variant>
 Status launch_forward(const char* op, const ForwardProblem<Variant>& problem, Stream stream,
                       void (*kernel)(typename Kernel::Params)) {
   static_assert(sizeof(*WorkQueue::taken) == kForwardWorkspace);
-  constexpr std::int64_t kMostWorks = 1 << 30;
   const auto schedule = problem.schedule.slots();  // of any head: it tells the shape of a tile
   typename Kernel::Params params{};
   params.schedule = problem.schedule;
@@ -50,9 +49,9 @@ Status launch_forward(const char* op, const ForwardProblem<Variant>& problem, St
   }
   const std::int64_t heads = problem.q.batch() * params.heads, works = heads * q_tiles;
   const std::int64_t blocks = min_of(works, std::int64_t{num_multiprocessors()});
-  if (works > kMostWorks) {
+  if (works > WorkQueue::kMostWorks) {
     return failure("%s: q has %lld tiles of %d tokens, allowed are %lld", op, static_cast<long long>(works),
-                   Kernel::kTile.q, static_cast<long long>(kMostWorks));
+                   Kernel::kTile.q, static_cast<long long>(WorkQueue::kMostWorks));
   }
   if (works > 0 && problem.workspace == nullptr) {
     return failure("%s: workspace has no data", op);

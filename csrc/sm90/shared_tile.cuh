@@ -22,6 +22,9 @@ struct SharedOperand {
   static constexpr Major kMajor = kMajor_;
   std::uint64_t descriptor;
 
+  // Makes the descriptor at this point of the program, not where a product wants it.
+  __device__ void pin() { asm volatile("" : "+l"(descriptor)); }
+
   // The descriptor of the i-th step: 16 contracted elements of 16 bits, or 32 of 8.
   __device__ std::uint64_t step(int i) const {
     if constexpr (kMajor == Major::K) {  // along a row: 32 bytes within a panel, then the next panel

@@ -17,6 +17,7 @@
 #include "fastattn/schedule/schedule.hpp"
 #include "sm90/accumulator.cuh"
 #include "sm90/backward.cuh"
+#include "sm90/block.cuh"
 #include "sm90/config.hpp"
 #include "sm90/key_tile.cuh"
 #include "sm90/ring.cuh"
@@ -28,7 +29,7 @@ namespace fastattn::sm90 {
 template <class Variant, Config kConfig_>
 struct WideKeyGradientKernel {
   static constexpr bool kSumsQueries = false, kInTurns = false, kMaySumKeys = false, kSharesWorks = false,
-                        kTileBehind = false, kSumsBias = false;
+                        kStays = false, kSumsBias = false;
   static constexpr Config kConfig = kConfig_;
   static constexpr TileShape kTile = kConfig.tile;
   static constexpr TileShape kTransposed = {kTile.k, kTile.q};
@@ -60,13 +61,64 @@ struct WideKeyGradientKernel {
   static constexpr int kWeightsFull = 3, kWeightsEmpty = 4, kThreads = 2 * kWarpgroupThreads;
 
   static __device__ void run(const Params& params) {
-    own_key_tile<WideKeyGradientKernel>(params, [&](Shared& shared, KeyTileWork work, int warpgroup) {
-      if (warpgroup == 0) {
-        sum_values(params, shared, work);
-      } else {
-        sum_keys(params, shared, work);
-      }
-    });
+    extern __shared__ std::byte shared_bytes[];
+    auto& shared = *reinterpret_cast<Shared*>(shared_bytes);
+    const auto work = key_tile_work<WideKeyGradientKernel>(params, static_cast<int>(blockIdx.x));
+    if (!work.exists) {
+      return;
+    }
+    divide_block<kConfig>(
+        [&] {
+          shared.kv_full.init(1);
+          shared.q_ring.init(kWarpgroups);
+          shared.dout_ring.init(kWarpgroups);
+        },
+        [&] { stream_queries(params, shared, work); },
+        [&](int warpgroup) {
+          if (warpgroup == 0) {
+            sum_values(params, shared, work);
+          } else {
+            sum_keys(params, shared, work);
+          }
+        });
+  }
+
+  // Producer: loads K and V of the tile, then into two rings Q with lse2 and dO with delta of each query tile that sees
+  // it.
+  static __device__ void stream_queries(const Params& params, Shared& shared, const KeyTileWork& work) {
+    constexpr bool kStatistics = Score::kRowStatistics;
+    constexpr int kRowBytes = kStatistics ? kTile.q * sizeof(float) : 0;
+    const auto place = slots_of(params.schedule, work.sequence);
+    const auto key_origin = place.key_origin(work.k_tile, kTile);
+    if (cute::elect_one_sync()) {
+      shared.kv_full.arrive_and_expect_tx(2 * KeyTile::kBytes);
+      params.k.load(shared.k, key_origin, work.kv_head, work.batch, shared.kv_full);
+      params.v.load(shared.v, key_origin, work.kv_head, work.batch, shared.kv_full);
+    }
+    Position at;
+    announce([&](auto&& report) { visit_queries<WideKeyGradientKernel>(params, work, report); },
+             [&](Announcement run) {
+               if (run.count == 0) {
+                 shared.q_ring.fill(at, 0, run, [](Barrier&) {});
+               }
+               for (int q_tile = run.first; q_tile < run.first + run.count; ++q_tile) {
+                 const std::int64_t tile = first_tile_of<WideKeyGradientKernel>(params, work, run.head) + q_tile;
+                 const auto origin = place.query_origin(q_tile, kTile);
+                 shared.q_ring.fill(at, QueryTile::kBytes + kRowBytes, run, [&](Barrier& full) {
+                   params.q.load(shared.q[at.stage], origin, run.head, work.batch, full);
+                   if constexpr (kStatistics) {
+                     load_bytes(shared.lse2[at.stage], params.workspace.lse2 + tile * kTile.q, kRowBytes, full);
+                   }
+                 });
+                 shared.dout_ring.fill(at, QueryTile::kBytes + kRowBytes, {}, [&](Barrier& full) {
+                   params.dout.load(shared.dout[at.stage], origin, run.head, work.batch, full);
+                   if constexpr (kStatistics) {
+                     load_bytes(shared.delta[at.stage], params.workspace.delta + tile * kTile.q, kRowBytes, full);
+                   }
+                 });
+                 at.advance();
+               }
+             });
   }
 
   // In the producer's order: issue(position), the first product, for the first tile; then begin(run) for each run and
