@@ -1,8 +1,8 @@
 // The backward, in kernels for two kinds of tiles:
 //
-//   key_gradients.cuh    a thread block owns a key tile and walks the query tiles that see it: dK, dV, and dQ as sums
-//                        over key tiles in memory, or without dQ; wide_key_gradients.cuh the same for long rows,
-//                        without
+//   key_gradients.cuh    a thread block takes one key tile after the other, and walks the query tiles that see it: dK,
+//                        dV, and dQ as sums over key tiles in memory, or without dQ; wide_key_gradients.cuh, for long
+//                        rows, owns one, without dQ
 //   query_gradients.cuh  a thread block owns a query tile and walks the key tiles it sees: dQ
 //
 // All three gradients at once are five matrix products a score, dK and dV four and dQ three: the first way is the
@@ -57,11 +57,11 @@ struct BackwardParams {
   int num_keys;      // of the tensors
   BackwardWorkspace workspace;
   int heads, heads_per_kv_head;
-  int head_blocks;      // thread blocks of a tile and batch entry: one for each key head, or, if the tile is of queries
-                        // or a block for one head of a group, for each query head
-  int heads_per_block;  // of queries
-  int q_tiles;          // of a head
-  WorkOrder order;      // of the tiles that thread blocks own
+  int head_works;      // works of a tile and batch entry: one for each key head, or, if the tile is of queries or a
+                       // work for one head of a group, for each query head
+  int heads_per_work;  // of queries
+  int q_tiles;         // of a head
+  WorkOrder order;     // of the works: tiles, or shares of them
   KeySums key_sums;
   WorkQueue works;
 };

@@ -11,8 +11,8 @@
 
 namespace fastattn::sm90 {
 
-// The thread block's shared memory. Its address comes from nowhere that the compiler could look up again: it would,
-// from a special register at the head of an inner loop, where that took 3 % of a backward's time (attention.md).
+// The thread block's shared memory, at an address that the compiler cannot look up again: it would do so at the head of
+// an inner loop, from a special register, which took 3 % of a backward's time (attention.md).
 template <class Shared>
 __device__ Shared& shared_memory() {
   extern __shared__ std::byte bytes[];
@@ -21,15 +21,15 @@ __device__ Shared& shared_memory() {
   return *static_cast<Shared*>(__cvta_shared_to_generic(address));
 }
 
-// threadIdx.x, read anew, so that nothing made of it takes a register before.
+// threadIdx.x, read anew here, so that nothing made of it takes a register before.
 __device__ inline unsigned thread_anew() {
   unsigned thread;
   asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
   return thread;
 }
 
-// Which thread of its warpgroup this is, kept: from the exchange the compiler does not know that it could read it
-// again, and wait for that.
+// Which thread of its warpgroup this is, in a register: the compiler does not see through the exchange, and so cannot
+// read the index again instead.
 __device__ inline int kept_thread() {
   return __shfl_sync(0xffffffffu, threadIdx.x % kWarpgroupThreads, threadIdx.x % 32);
 }

@@ -1,4 +1,4 @@
-// Which dK and dV are sums in memory, because several thread blocks add to them. Plain C++, for the host, the device
+// Which dK and dV are sums in memory, because several works add to them. Plain C++, for the host, the device
 // and a test.
 #pragma once
 
@@ -10,30 +10,30 @@
 
 namespace fastattn::sm90 {
 
-// The key tiles whose dK and dV are sums: all, with a block for each query head of a group, or those of shared works.
+// The key tiles whose dK and dV are sums: all, with a work for each query head of a group, or those that are shared.
 struct KeySums {
   float* data = nullptr;  // of dK, then of dV: [2, tiles, pieces, 8, 128, 4]; null: none
   int tiles = 0;
-  int blocks_of_group = 1;  // that take a query head of a group each
+  int works_of_group = 1;  // one for each of its query heads
 
-  // Which of these tiles is a block's? −1: none.
-  FASTATTN_HD constexpr int tile_of(const WorkOrder& order, int block) const {
-    if (blocks_of_group > 1) {
-      const WorkOrder::Place place = order.at(block);
-      return place.head / blocks_of_group * order.tiles + place.rank;
+  // Which of these tiles is a work's? −1: none.
+  FASTATTN_HD constexpr int tile_of(const WorkOrder& order, int work) const {
+    if (works_of_group > 1) {
+      const WorkOrder::Place place = order.at(work);
+      return place.head / works_of_group * order.tiles + place.rank;
     }
-    return max_of(order.share_of(block).work - order.first_shared(), -1);
+    return max_of(order.share_of(work).index - order.first_shared(), -1);
   }
   // The place of such a tile, by its key head of all batch entries.
   FASTATTN_HD constexpr WorkOrder::Place place_of(const WorkOrder& order, int tile) const {
-    return blocks_of_group > 1 ? WorkOrder::Place{tile / order.tiles, tile % order.tiles}
-                               : order.at(order.first_shared() + tile);
+    return works_of_group > 1 ? WorkOrder::Place{tile / order.tiles, tile % order.tiles}
+                              : order.at(order.first_shared() + tile);
   }
 };
 
-// Is a thread block to take one query head's part in a key tile, not that of all heads of a group, and to add its dK
-// and dV to sums in memory? That pays where there are too few key tiles for the multiprocessors, and where a group's
-// rows do not stay in the L2 cache: under a causal mask its blocks come to a head at different times (attention.md).
+// Is a work to be one query head's part in a key tile, not that of all heads of a group, and to add its dK and dV to
+// sums in memory? That pays where there are too few key tiles for the multiprocessors, and where a group's rows do not
+// stay in the L2 cache: under a causal mask its works come to a head at different times (attention.md).
 // `tiles` of a key head have rows of `head_dim` elements.
 constexpr bool divides_groups(const TensorView& q, const TensorView& k, std::int64_t tiles, int head_dim,
                               int multiprocessors) {

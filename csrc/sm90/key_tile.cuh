@@ -24,21 +24,22 @@ struct KeyTileWork {
 
 // A work's tile.
 template <class Kernel>
-__device__ KeyTileWork key_tile_work(const typename Kernel::Params& params, int block) {
+__device__ KeyTileWork key_tile_work(const typename Kernel::Params& params, int index) {
   const WorkOrder& order = params.order;
-  const WorkOrder::Place place =
-      Kernel::kInTurns ? order.at_in_turns(block) : order.at(Kernel::kSharesWorks ? order.share_of(block).work : block);
+  const WorkOrder::Place place = Kernel::kInTurns
+                                     ? order.at_in_turns(index)
+                                     : order.at(Kernel::kSharesWorks ? order.share_of(index).index : index);
   const int tile = Kernel::kInTurns ? order.tiles - 1 - place.rank : place.rank;
-  const int head_block = place.head % params.head_blocks;
-  const SequenceKeyTile at = sequence_key_tile(params.schedule, place.head / params.head_blocks, tile, Kernel::kTile);
+  const int head_work = place.head % params.head_works;
+  const SequenceKeyTile at = sequence_key_tile(params.schedule, place.head / params.head_works, tile, Kernel::kTile);
   return {.k_tile = at.k_tile,
-          .kv_head = params.heads_per_block == 1 ? head_block / params.heads_per_kv_head : head_block,
+          .kv_head = params.heads_per_work == 1 ? head_work / params.heads_per_kv_head : head_work,
           .sequence = at.sequence,
           .batch = batch_of(params.schedule, at.sequence),
-          .first_head = head_block * params.heads_per_block,
-          .part = Kernel::kSharesWorks ? order.share_of(block).part : 0,
-          .parts = Kernel::kSharesWorks ? order.share_of(block).parts : 1,
-          .summed = params.key_sums.data == nullptr ? -1 : params.key_sums.tile_of(order, block),
+          .first_head = head_work * params.heads_per_work,
+          .part = Kernel::kSharesWorks ? order.share_of(index).part : 0,
+          .parts = Kernel::kSharesWorks ? order.share_of(index).parts : 1,
+          .summed = params.key_sums.data == nullptr ? -1 : params.key_sums.tile_of(order, index),
           .exists = at.k_tile * Kernel::kTile.k < slots_of(params.schedule, at.sequence).num_k};
 }
 
@@ -59,7 +60,7 @@ inline constexpr bool kHostKnowsRuns = !Schedules::kInMemory && kTellsLastKeyTil
 // each run.
 template <class Kernel, class Visit>
 __device__ void visit_queries(const typename Kernel::Params& params, KeyTileWork work, Visit&& visit) {
-  for (int head = work.first_head; head < work.first_head + params.heads_per_block; ++head) {
+  for (int head = work.first_head; head < work.first_head + params.heads_per_work; ++head) {
     auto cursor = params.schedule.at(work.sequence, head).transposed().runs(work.k_tile, Kernel::kTransposed);
     for (TileRun run; cursor.next(run);) {
       if constexpr (Kernel::kSharesWorks) {

@@ -58,7 +58,7 @@ struct Turns {
   __device__ void pass(RingPosition<kStages> at) { release_by_election(passed[at.stage]); }
 };
 
-// Assistant: waits for this block's turn at each of the query tiles, and passes it on. Key tiles take turns from the
+// Assistant: waits for a work's turn at each of the query tiles, and passes it on. Key tiles take turns from the
 // last to the first, which is the order in which blocks take them (a block waits only for others that run or are
 // done), and in which under a causal mask they come to a query tile.
 template <class Kernel>

@@ -92,7 +92,7 @@ Status prepare(const BackwardProblem<Variant>& problem, const typename Kernel::P
   }
 }
 
-// Which thread blocks own the tiles, `tiles` of a head, in which order, and which dK and dV are sums where dQ will be.
+// Which works the tiles are, `tiles` of a head, in which order, and which dK and dV are sums where dQ will be.
 template <class Kernel, bool kOwnsKeys, class Variant>
 void plan_works(const BackwardProblem<Variant>& problem, int tiles, typename Kernel::Params& params) {
   const int multiprocessors = num_multiprocessors();
@@ -102,9 +102,9 @@ void plan_works(const BackwardProblem<Variant>& problem, int tiles, typename Ker
   };
   const bool divided = kOwnsKeys && Kernel::kMaySumKeys && has_room(key_tiles) &&
                        divides_groups(problem.q, problem.k, tiles, Kernel::kHeadDim, multiprocessors);
-  params.head_blocks = kOwnsKeys && !divided ? static_cast<int>(problem.k.heads()) : params.heads;
-  params.heads_per_block = params.heads / max_of(params.head_blocks, 1);
-  const std::int64_t heads = problem.q.batch() * params.head_blocks;
+  params.head_works = kOwnsKeys && !divided ? static_cast<int>(problem.k.heads()) : params.heads;
+  params.heads_per_work = params.heads / max_of(params.head_works, 1);
+  const std::int64_t heads = problem.q.batch() * params.head_works;
   // Bytes that all tiles of a head stream: of Q and dO, or of K and V.
   const std::int64_t streamed = (kOwnsKeys ? problem.q.seq() : problem.k.seq()) * Kernel::kHeadDim * 4;
   params.order = Kernel::kInTurns ? order_in_turns(heads, tiles, multiprocessors)
@@ -114,7 +114,7 @@ void plan_works(const BackwardProblem<Variant>& problem, int tiles, typename Ker
       int steps = 0;  // of the last key tile's block
       auto cursor = problem.schedule.at(0, 0).transposed().runs(tiles - 1, Kernel::kTransposed);
       for (TileRun run; cursor.next(run);) {
-        steps += run.count * params.heads_per_block;
+        steps += run.count * params.heads_per_work;
       }
       if (const WorkOrder shared = share_last(params.order, multiprocessors, steps); has_room(shared.shared)) {
         params.order = shared;
@@ -123,7 +123,7 @@ void plan_works(const BackwardProblem<Variant>& problem, int tiles, typename Ker
   }
   if constexpr (Kernel::kMaySumKeys) {
     params.key_sums.tiles = divided ? static_cast<int>(key_tiles) : params.order.shared;
-    params.key_sums.blocks_of_group = divided ? params.heads_per_kv_head : 1;
+    params.key_sums.works_of_group = divided ? params.heads_per_kv_head : 1;
     params.key_sums.data = params.key_sums.tiles > 0 ? static_cast<float*>(problem.dq.data) : nullptr;
   }
 }
@@ -157,7 +157,7 @@ Status launch_gradients(const BackwardProblem<Variant>& problem, int& prepared, 
                    kOwnsKeys ? kTile.k : kTile.q, static_cast<long long>(WorkQueue::kMostWorks));
   }
   plan_works<Kernel, kOwnsKeys>(problem, tiles, params);
-  params.works = {params.order.blocks(), params.workspace.taken};
+  params.works = {params.order.works(), params.workspace.taken};
   MapEncoder encode;
   encode(problem.q, schedule.query_box(kTile), params.q, Kernel::QueryTile::kRowBytes);
   encode(problem.dout, schedule.query_box(kTile), params.dout, Kernel::QueryTile::kRowBytes);
@@ -187,7 +187,7 @@ Status launch_gradients(const BackwardProblem<Variant>& problem, int& prepared, 
     status = clear(problem.dkey_bias, problem.q.batch() * params.heads * problem.k.seq() * sizeof(float), stream);
   }
   if (status.ok()) {
-    const int blocks = Kernel::kStays ? min_of(params.order.blocks(), num_multiprocessors()) : params.order.blocks();
+    const int blocks = Kernel::kStays ? min_of(params.works.count, num_multiprocessors()) : params.works.count;
     status = launch(gradient_kernel<Kernel>, blocks, (Kernel::kWarpgroups + 1) * kWarpgroupThreads,
                     sizeof(typename Kernel::Shared), stream, params);
   }

@@ -15,28 +15,29 @@ namespace fastattn::sm90 {
 // Where a tile waits for the one before it in a head, those of one rank are taken together for some heads: as many as
 // are under way anyway, so that the next ones come when it is their turn (`at_in_turns`).
 //
-// Where works are as long as one another, the last ones leave multiprocessors idle, unless several blocks share each.
+// A work is a tile, or, of the last ones, a share of it: where tiles are as long as one another, the last would leave
+// multiprocessors idle.
 struct WorkOrder {
   int heads;  // of all batch entries
   int tiles;  // of a head
   int last_heads;
   int heads_in_turns = 1;
-  int shared = 0, parts = 1;  // the last works have so many blocks each
+  int shared = 0, parts = 1;  // so many of the last tiles are so many works each
 
   struct Place {
     int head, rank;  // rank 0 is the longest tile
   };
 
   struct Share {
-    int work, part, parts;
+    int index, part, parts;  // of which tile
   };
 
   FASTATTN_HD constexpr int count() const { return heads * tiles; }
   FASTATTN_HD constexpr int first_shared() const { return count() - shared; }
-  FASTATTN_HD constexpr int blocks() const { return first_shared() + shared * parts; }
-  FASTATTN_HD constexpr Share share_of(int block) const {
-    const int within = block - first_shared();
-    return within < 0 ? Share{block, 0, 1} : Share{first_shared() + within / parts, within % parts, parts};
+  FASTATTN_HD constexpr int works() const { return first_shared() + shared * parts; }
+  FASTATTN_HD constexpr Share share_of(int work) const {
+    const int within = work - first_shared();
+    return within < 0 ? Share{work, 0, 1} : Share{first_shared() + within / parts, within % parts, parts};
   }
   FASTATTN_HD constexpr Place at(int index) const {
     const int first_of_last = heads - last_heads, within = index - first_of_last * tiles;
@@ -61,17 +62,17 @@ constexpr WorkOrder work_order(std::int64_t heads, int tiles, std::int64_t block
   return {static_cast<int>(heads), tiles, static_cast<int>(last)};
 }
 
-// Shares the last works of an order if they then end sooner: those that are left when every one of `blocks` blocks has
-// taken as many as the others. A work has `steps`; a block's beginning and end are taken to need the time of
-// `kStepsOfBlock` more, and adding up what the parts compute that of `kStepsOfSums`: of the counts that were measured
-// they choose the best, or one beside it (attention.md).
+// Shares the last tiles of an order if they then end sooner: those that are left when every one of `blocks` blocks has
+// taken as many as the others. A tile has `steps`; a work's beginning and end are taken to need the time of
+// `kStepsOfWork` more, and adding up what the parts compute that of `kStepsOfSums`: of the counts that were measured,
+// with blocks that did not stay, they choose the best, or one beside it (attention.md).
 constexpr WorkOrder share_last(WorkOrder order, int blocks, int steps) {
-  constexpr int kMostParts = 8, kStepsOfBlock = 4, kStepsOfSums = 3;
+  constexpr int kMostParts = 8, kStepsOfWork = 4, kStepsOfSums = 3;
   const int shared = order.count() % max_of(blocks, 1);
-  int fewest = steps + kStepsOfBlock;
+  int fewest = steps + kStepsOfWork;
   for (int parts = 2; parts <= kMostParts; ++parts) {
     const int rounds = ceil_div(shared * parts, blocks);
-    const int taken = rounds * (ceil_div(steps, parts) + kStepsOfBlock) + kStepsOfSums;
+    const int taken = rounds * (ceil_div(steps, parts) + kStepsOfWork) + kStepsOfSums;
     if (shared > 0 && taken < fewest) {
       fewest = taken;
       order.shared = shared;

@@ -42,27 +42,27 @@ const Test room("sums of keys: as many as dQ has room for", [] {
   check(!has_room_for_keys(view(1, 1024, 32, 40), 64, 128, 64), "narrower rows than the tiles'");
 });
 
-const Test places("sums of keys: blocks that add to one tile belong to it, and all of a tile's do", [] {
-  const auto check_blocks = [](const WorkOrder& order, const KeySums& sums, int blocks_of_tile, const char* what) {
+const Test places("sums of keys: works that add to one tile belong to it, and all of a tile's do", [] {
+  const auto check_works = [](const WorkOrder& order, const KeySums& sums, int works_of_tile, const char* what) {
     std::vector<int> seen(sums.tiles, 0);
-    for (int block = 0; block < order.blocks(); ++block) {
-      const int tile = sums.tile_of(order, block);
+    for (int work = 0; work < order.works(); ++work) {
+      const int tile = sums.tile_of(order, work);
       if (tile < 0) {
         continue;
       }
-      const auto own = order.at(order.share_of(block).work), place = sums.place_of(order, tile);
-      check(own.head / sums.blocks_of_group == place.head && own.rank == place.rank, what);
+      const auto own = order.at(order.share_of(work).index), place = sums.place_of(order, tile);
+      check(own.head / sums.works_of_group == place.head && own.rank == place.rank, what);
       ++seen[tile];
     }
-    for (const int blocks : seen) {
-      check(blocks == blocks_of_tile, what);
+    for (const int works : seen) {
+      check(works == works_of_tile, what);
     }
   };
   const WorkOrder of_heads = work_order(32, 8, 132, 1 << 20, 1);
-  check_blocks(of_heads, {nullptr, 4 * 8, 8}, 8, "a block for each of eight heads of a group");
+  check_works(of_heads, {nullptr, 4 * 8, 8}, 8, "a work for each of eight heads of a group");
   const WorkOrder shared = share_last(work_order(16, 128, 132, 8 << 20, 1), 132, 256);
-  check(shared.shared == 68, "15 works a block, and 68");
-  check_blocks(shared, {nullptr, shared.shared}, shared.parts, "shared works");
+  check(shared.shared == 68, "15 tiles a block, and 68");
+  check_works(shared, {nullptr, shared.shared}, shared.parts, "shared tiles");
 });
 
 }  // namespace

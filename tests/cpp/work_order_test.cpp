@@ -57,21 +57,21 @@ const Test cached("work order: no more heads at the end than the cache has room 
   check(work_order(0, 4, 0, 1, 1).last_heads == 0 && work_order(4, 0, 0, 1, 1).count() == 0, "none");
 });
 
-const Test shares("work order: the last works are shared where they then end sooner, each part once", [] {
+const Test shares("work order: the last tiles are shared where they then end sooner, each part once", [] {
   for (const int heads : {1, 16, 33, 64}) {
     for (const int steps : {1, 5, 64, 256}) {
       const WorkOrder whole = work_order(heads, 128, 132, 8 << 20, 1), order = share_last(whole, 132, steps);
       const std::string what = std::to_string(heads) + " heads of 128 tiles of " + std::to_string(steps) + " steps";
       check(order.shared == 0 || order.shared == whole.count() % 132, what);
-      check(order.blocks() == whole.count() + order.shared * (order.parts - 1), what);
+      check(order.works() == whole.count() + order.shared * (order.parts - 1), what);
       std::set<std::pair<int, int>> seen;
-      for (int block = 0; block < order.blocks(); ++block) {
-        const auto [work, part, parts] = order.share_of(block);
-        check(0 <= work && work < order.count() && 0 <= part && part < parts, what);
-        check(parts == (work < order.first_shared() ? 1 : order.parts), what);
-        seen.emplace(work, part);
+      for (int work = 0; work < order.works(); ++work) {
+        const auto [tile, part, parts] = order.share_of(work);
+        check(0 <= tile && tile < order.count() && 0 <= part && part < parts, what);
+        check(parts == (tile < order.first_shared() ? 1 : order.parts), what);
+        seen.emplace(tile, part);
       }
-      check(static_cast<int>(seen.size()) == order.blocks(), what);
+      check(static_cast<int>(seen.size()) == order.works(), what);
     }
   }
   const auto parts = [](int works, int steps) {
