@@ -55,8 +55,8 @@ SMALL = {
 }
 ROUNDING = {"quantized_attention": 0.3, "paro_attention": 0.03}
 """What an op's rounding may cost, where that is more than float32's."""
-WITHOUT_PROGRAM = ("paro_attention", "sale_attention", "varlen_attention")
-"""fastattn_bench has not these: the first two are put together of several ops by torch."""
+WITHOUT_PROGRAM = ("paro_attention", "sale_attention")
+"""fastattn_bench has not these: they are put together of several ops by torch."""
 op_and_case = pytest.mark.parametrize(
     ("op", "name"), [(op, name) for op in OPS.values() for name in SMALL[op.name]], ids=lambda x: getattr(x, "name", x)
 )
