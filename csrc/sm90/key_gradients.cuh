@@ -92,20 +92,37 @@ struct KeyGradientKernel {
     Ring<kStages, Announcement> q_ring;  // with lse2
     Ring<kStages> dout_ring;             // with delta
 
-    __device__ void init_sums() {
-      for (int& tile : sums) {
-        tile = -1;
+    __device__ void init() {
+      works.count = 0;
+      q_ring.init(kWarpgroups);
+      dout_ring.init(kWarpgroups);
+      for (Barrier& free : k_free) {
+        free.init(releases(kWarpgroups));
       }
-      for (Barrier& full : dscores_full) {
-        full.init(releases(kWarpgroups));
+      for (Barrier& free : v_free) {
+        free.init(releases(kWarpgroups));
       }
-      turns.init(kWarpgroups);
+      if constexpr (kSumsQueries) {
+        for (int& tile : sums) {
+          tile = -1;
+        }
+        for (Barrier& full : dscores_full) {
+          full.init(releases(kWarpgroups));
+        }
+        turns.init(kWarpgroups);
+      }
     }
   };
 
   static __device__ void run(const Params& params) {
-    own_key_tiles<KeyGradientKernel>(params,
-                                     [&](Shared& shared, int warpgroup) { consume(params, shared, warpgroup); });
+    auto& shared = shared_memory<Shared>();
+    divide_block<kConfig>([&] { shared.init(); }, [&] { stream_works<KeyGradientKernel>(params, shared); },
+                          [&](int warpgroup) { consume(params, shared, warpgroup); },
+                          [&] {
+                            if constexpr (kInTurns) {
+                              take_turns<KeyGradientKernel>(params, shared);
+                            }
+                          });
   }
 
   // Where a consumer is, from one work to the next.
@@ -291,7 +308,7 @@ struct KeyGradientKernel {
       rows.end(params, work, head, first_slot, AccumulatorThread(thread));
     }
 
-    // dV and then dK take the place of this warpgroup's rows of V, which no other reads, or are added to other blocks'.
+    // dV and then dK take the place of this warpgroup's rows of V, which no other reads, or are added to other works'.
     // dQ of the last tile comes in the next work's first step.
     if (kMaySumKeys && work.summed >= 0) {
       add_key_gradients(params.key_sums, work.summed, dk, dv);
@@ -347,7 +364,7 @@ struct KeyGradientKernel {
     }
   }
 
-  // Adds this warpgroup's 64 rows of dK and dV to what other blocks have for the same tile.
+  // Adds this warpgroup's 64 rows of dK and dV to what other works have for the same tile.
   static __device__ void add_key_gradients(const KeySums& sums, int tile, const float (&dk)[kHeadDim / 2],
                                            const float (&dv)[kHeadDim / 2]) {
     const unsigned index = thread_anew();

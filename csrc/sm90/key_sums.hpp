@@ -1,5 +1,5 @@
-// Which dK and dV are sums in memory, because several works add to them. Plain C++, for the host, the device
-// and a test.
+// Which dK and dV are sums in memory, because several works add to them. Plain C++, for the host, the device and
+// a test.
 #pragma once
 
 #include <cstdint>

@@ -185,34 +185,7 @@ __device__ void stream_works(const typename Kernel::Params& params, typename Ker
     shared.works.works[shared.works.place_of(works)].exists = false;
     shared.works.tell(works);
   }
-  shared.q_ring.fill(at, 0, {.head = -1}, [](Barrier&) {});
-}
-
-// A thread block that stays: its producer streams works, its other warpgroups consume(shared, warpgroup).
-template <class Kernel, class Consume>
-__device__ void own_key_tiles(const typename Kernel::Params& params, Consume&& consume) {
-  auto& shared = shared_memory<typename Kernel::Shared>();
-  divide_block<Kernel::kConfig>(
-      [&] {
-        shared.works.count = 0;
-        shared.q_ring.init(Kernel::kWarpgroups);
-        shared.dout_ring.init(Kernel::kWarpgroups);
-        for (Barrier& free : shared.k_free) {
-          free.init(releases(Kernel::kWarpgroups));
-        }
-        for (Barrier& free : shared.v_free) {
-          free.init(releases(Kernel::kWarpgroups));
-        }
-        if constexpr (Kernel::kSumsQueries) {
-          shared.init_sums();
-        }
-      },
-      [&] { stream_works<Kernel>(params, shared); }, [&](int warpgroup) { consume(shared, warpgroup); },
-      [&] {
-        if constexpr (Kernel::kInTurns) {
-          take_turns<Kernel>(params, shared);
-        }
-      });
+  shared.q_ring.fill(at, 0, {.head = -1}, [](Barrier&) {});  // there is no other
 }
 
 }  // namespace fastattn::sm90

@@ -137,7 +137,7 @@ struct Ring {
 // a cursor costs registers, which the consumers need for their accumulators, and may have to read memory.
 struct alignas(16) Announcement {
   int first, count;  // tiles [first, first + count); a walk of no tiles is one run of none
-  int head;
+  int head;          // −1, where works come one after the other: none is left
   std::uint16_t cells;
   Coverage coverage;
   bool last;

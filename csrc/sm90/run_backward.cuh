@@ -111,7 +111,7 @@ void plan_works(const BackwardProblem<Variant>& problem, int tiles, typename Ker
                                   : work_order(heads, tiles, multiprocessors, streamed, 1);
   if constexpr (Kernel::kSharesWorks) {
     if (!divided) {
-      int steps = 0;  // of the last key tile's block
+      int steps = 0;  // of the last key tile
       auto cursor = problem.schedule.at(0, 0).transposed().runs(tiles - 1, Kernel::kTransposed);
       for (TileRun run; cursor.next(run);) {
         steps += run.count * params.heads_per_work;

@@ -4,7 +4,7 @@ What a GPU would show as lost speed, a machine without one can read. The main ke
 instructions (HGMMA, or IGMMA and QGMMA for 8 bits), load tiles with the bulk copy engine (UTMALDG), and between their
 first and their last product keep everything in registers: an access to local memory there is a spill or an array
 indexed at run time. (The producer, whose code lies outside, may spill: it has 24 registers, walks lists, and waits most
-of the time.) All gradients at once, of grids and sequences, may read a few words of it, which they write before.
+of the time.) All gradients at once read a word of it, of grids, and of sequences at head_dim 64 three.
 """
 
 import re
@@ -18,8 +18,10 @@ MAIN_KERNELS = re.compile(r"(forward|gradient|estimate)_kernel")
 PRODUCTS = ("HGMMA", "IGMMA", "QGMMA")
 COPY = "UTMALDG"
 LOCAL_MEMORY = ("LDL", "STL")
-MAY_SPILL = re.compile(r"KeyGradientKernel.*(Boxes|varlen).*QuerySumsE1E")
-MOST_SPILLS = 3  # of about 1,500 instructions
+MAY_SPILL = {  # how often, among about 1,500 instructions
+    re.compile(r"KeyGradientKernel.*Boxes.*QuerySumsE1E"): 1,
+    re.compile(r"KeyGradientKernel.*varlen.*ConfigELi64E.*QuerySumsE1E"): 3,
+}
 
 
 def disassemble(library: Path) -> dict[str, list[str]]:
@@ -48,7 +50,8 @@ def complaints(kernels: dict[str, list[str]]) -> list[str]:
         found += [] if COPY in instructions else [f"{name} has no {COPY}"]
         found += [] if set(PRODUCTS) & set(instructions) else [f"{name} has none of {', '.join(PRODUCTS)}"]
         count = Counter(among_products(instructions))
-        if sum(count[i] for i in LOCAL_MEMORY) > (MOST_SPILLS if MAY_SPILL.search(name) else 0):
+        allowed = max((most for kind, most in MAY_SPILL.items() if kind.search(name)), default=0)
+        if sum(count[i] for i in LOCAL_MEMORY) > allowed:
             found += [f"{name} uses local memory among its products: {count[i]} {i}" for i in LOCAL_MEMORY if count[i]]
     return found
 
