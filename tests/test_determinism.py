@@ -33,6 +33,22 @@ def neighborhood(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return fastattn.neighborhood_attention(*grids, window=(9, 12), deterministic=True).flatten(1, 2)
 
 
+def varlen(q: Tensor, k: Tensor, v: Tensor, used: float = 1.0, **options: Any) -> Tensor:
+    """Tokens of all batch entries in sequences of unlike lengths, some of them empty, of which a share is used."""
+
+    def ends(x: Tensor) -> Tensor:
+        batch, seq, *_ = x.shape
+        ends = torch.arange(batch + 1, dtype=torch.int32) * seq
+        ends[1:-1:3] -= seq // 7
+        ends[1:-1:5] = ends[:-2:5]
+        return ends.to(x.device)
+
+    lengths = {"cu_seqlens_q": ends(q), "cu_seqlens_k": ends(k)}
+    if used < 1:
+        lengths |= {f"seqused_{x}": (lengths[f"cu_seqlens_{x}"].diff() * used).int() for x in "qk"}
+    return fastattn.varlen_attention(*(x.flatten(0, 1) for x in (q, k, v)), **lengths, **options).view_as(q)
+
+
 def sigmoid(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
     return fastattn.sigmoid_attention(q, k, v, bias=bias, deterministic=True)
 
@@ -44,6 +60,7 @@ OPS: dict[str, tuple[Callable[..., Tensor], tuple[int, ...]]] = {
     "block_sparse_attention": (sparse, (64, 128)),
     "neighborhood_attention": (neighborhood, (64, 128)),
     "sigmoid_attention": (sigmoid, (64, 128)),
+    "varlen_attention": (partial(varlen, deterministic=True), (64, 128)),
 }
 
 
@@ -83,12 +100,13 @@ def test_every_run_gives_the_same_bits(op: str, head_dim: int, device: str, dtyp
     [
         *(("attention", x) for x in ({}, {"causal": True}, {"window": (100, 30)}, {"window": "of heads"})),
         ("sigmoid_attention", {"causal": True, "bias": -6.0}),
+        *(("varlen_attention", x) for x in ({}, {"causal": True}, {"window": (100, 30)}, {"used": 0.6})),
     ],
     ids=str,
 )
 def test_key_tiles_take_turns(op: str, options: dict[str, Any], head_dim: int, repeats: int) -> None:
     """So many of them that they do: every run gives the same bits, and but for rounding what any order gives."""
-    attend = getattr(fastattn, op)
+    attend = varlen if op == "varlen_attention" else getattr(fastattn, op)
     case = Case(500, 460, batch=32, heads=32, kv_heads=16, head_dim=head_dim)
     if options.get("window") == "of heads":
         options = {"window": (torch.arange(0, 320, 10, dtype=torch.int32, device="cuda"), 30)}

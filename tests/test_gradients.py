@@ -321,5 +321,18 @@ def test_a_thread_block_takes_several_key_tiles(
     assert_tiles_are_as_exact(results, "attention", case, wanted, options)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("seq", [128, 256])
+def test_many_short_sequences_take_no_sums_of_dq(seq: int, causal: bool) -> None:
+    """They are not worth these at head_dim 128: two kernels compute their gradients."""
+    case = Case(seq, seq, batch=num_multiprocessors(), heads=8, kv_heads=8, head_dim=128)
+    with torch.profiler.profile() as profile:
+        results = gradients_of(fastattn.attention, case, torch.bfloat16, "qkv", {"causal": causal})
+        torch.cuda.synchronize()
+    assert not any("finish_kernel" in event.key for event in profile.key_averages()), "there were sums"
+    assert_tiles_are_as_exact(results, "attention", case, "qkv", {"causal": causal})
+
+
 def num_multiprocessors() -> int:
     return torch.cuda.get_device_properties("cuda").multi_processor_count

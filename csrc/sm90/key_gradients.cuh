@@ -20,6 +20,7 @@
 #include <utility>
 
 #include "fastattn/schedule/schedule.hpp"
+#include "fastattn/schedule/sequences.hpp"
 #include "sm90/accumulator.cuh"
 #include "sm90/backward.cuh"
 #include "sm90/block.cuh"
@@ -66,9 +67,12 @@ struct KeyGradientKernel {
   static constexpr bool kTurnsFromWeights = kTakesTurns && kHeadDim <= 64;
   static constexpr bool kTurnsFromProducts = kTakesTurns && !kTurnsFromWeights;
   static constexpr bool kTurnsUntilQueries = kTurnsFromWeights && kTileBehind;
-  // Is there no register for all that follows from a thread's index? Then one is kept for the index, and the rest made
-  // of it where it is wanted, or of the index read anew where that is waited for anyway.
-  static constexpr bool kShortOfRegisters = kTileBehind && kHeadDim <= 64;
+  // What follows from a thread's index is made of it where it is wanted: at the end of a step of a kept copy, before
+  // that of the index read anew, where a product is waited for anyway (attention.md). Sequences leave no register for
+  // the copy.
+  static constexpr bool kKeepsThread = kTileBehind && !std::is_same_v<typename Variant::Schedule, SequenceBands>;
+  // Is the lane that hands a stage back elected, for want of a register that says which it is?
+  static constexpr bool kElects = kTileBehind && (kHeadDim <= 64 || Variant::Schedule::kInMemory);
   static constexpr bool kStays = true;  // its thread blocks take one work after the other
   // Two tiles of keys, for dQ of a work's last query tile is computed in the first step of the next; of values as many
   // as there is room for; dS of this tile, of the one before, and of one more, which a warpgroup that is a tile behind
@@ -159,7 +163,7 @@ struct KeyGradientKernel {
     Position& position = place.queries;
     const KeyTile& keys = shared.k[__shfl_sync(0xffffffffu, place.keys.stage, 0)];
     KeyTile& values = shared.v[__shfl_sync(0xffffffffu, place.values.stage, 0)];
-    const int thread = kShortOfRegisters ? kept_thread() : static_cast<int>(threadIdx.x % kWarpgroupThreads);
+    const int thread = kKeepsThread ? kept_thread() : static_cast<int>(threadIdx.x % kWarpgroupThreads);
     const int shared_row = warpgroup * kWarpgroupRows;
     float dk[kHeadDim / 2] = {}, dv[kHeadDim / 2] = {};
     Announcement run{};
@@ -168,7 +172,7 @@ struct KeyGradientKernel {
     KeyBiasRows rows;
     const auto step = [&](int q_tile, auto coverage, std::uint16_t cells) {
       const int stage = position.stage;
-      const AccumulatorThread at(kShortOfRegisters ? static_cast<int>(thread_anew() % kWarpgroupThreads) : thread);
+      const AccumulatorThread at(kKeepsThread ? static_cast<int>(thread_anew() % kWarpgroupThreads) : thread);
       float scores[kTile.q / 2], dscores[kTile.q / 2];  // transposed: this warpgroup's keys × the tile's queries
       std::uint32_t weights_operand[kTile.q / 4], dscores_operand[kTile.q / 4];
       constexpr bool kPartial = coverage() == Coverage::kPartial;
@@ -259,12 +263,12 @@ struct KeyGradientKernel {
         publish_shared();
       }
       if constexpr (kTileBehind) {
-        release_by_election(shared.dscores_full[stage]);
+        hand_back(shared.dscores_full[stage]);
         wgmma::wait<1>();
         wgmma::pin(dq);
         add_piece_behind(params, shared, position.before(), warpgroup, thread, dq);
         if (place.keys_behind != place.keys.stage) {
-          release_by_election(shared.k_free[place.keys_behind]);
+          hand_back(shared.k_free[place.keys_behind]);
           place.keys_behind = place.keys.stage;
         }
       } else if constexpr (kSumsQueries) {
@@ -280,7 +284,7 @@ struct KeyGradientKernel {
       wgmma::wait<1>();
       wgmma::pin(dv);
       wgmma::pin(weights_operand);
-      shared.dout_ring.release_by_election(position);
+      hand_back(shared.dout_ring.empty[stage]);
       if constexpr (kSumsQueries && !kTileBehind) {
         wgmma::pin(dq);
         const std::int64_t tile = first_tile_of<KeyGradientKernel>(params, work, run.head) + q_tile;
@@ -290,7 +294,7 @@ struct KeyGradientKernel {
       wgmma::wait<0>();
       wgmma::pin(dk);
       wgmma::pin(dscores_operand);
-      shared.q_ring.release_by_election(position);
+      hand_back(shared.q_ring.empty[stage]);
       position.advance();
       place.dscores_before = place.dscores;
       place.dscores = place.dscores == kScoreSlots - 1 ? 0 : place.dscores + 1;
@@ -318,13 +322,16 @@ struct KeyGradientKernel {
       store_key_gradient<Element>(params, work, params.dk, dk, params.scale, values, shared_row, 1 + warpgroup);
       publish_shared();  // the next values are copied over what this thread has read
     }
-    release_by_election(shared.v_free[place.values.stage]);
+    hand_back(shared.v_free[place.values.stage]);
     place.values.advance();
     if constexpr (!kTileBehind) {
-      release_by_election(shared.k_free[place.keys.stage]);
+      hand_back(shared.k_free[place.keys.stage]);
     }
     place.keys.advance();
   }
+
+  // Every thread of a warp: hands back what the barrier guards.
+  static __device__ void hand_back(Barrier& barrier) { release<kElects>(barrier); }
 
   // Begins a warpgroup's piece of dQ = dS K of the tile at `at`, whose dS is in a slot; a tile behind, once all
   // warpgroups have written it. Before the first tile this is a product of whatever lies there, which nothing adds.
@@ -360,7 +367,7 @@ struct KeyGradientKernel {
     }
     add_all(params.workspace.dq + (std::int64_t{tile} * kWarpgroups + warpgroup) * (kPiece * kPiece), thread, value);
     if constexpr (kInTurns) {
-      shared.turns.pass(at);
+      hand_back(shared.turns.passed[at.stage]);
     }
   }
 

@@ -55,7 +55,6 @@ struct Turns {
     }
   }
   __device__ void wait(RingPosition<kStages> at) { wait_for(come[at.stage], at.parity); }
-  __device__ void pass(RingPosition<kStages> at) { release_by_election(passed[at.stage]); }
 };
 
 // Assistant: waits for a work's turn at each of the query tiles, and passes it on. Key tiles take turns from the

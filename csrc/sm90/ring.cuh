@@ -72,17 +72,13 @@ inline constexpr bool kMayArrive = true;
 // How often consumers arrive when they hand a stage back.
 constexpr int releases(int warpgroups) { return warpgroups * kWarpgroupWarps * kReleasingLanes; }
 
-// Every thread of a warp: arrives for it, once its lanes have read or written what the barrier guards. To know whether
-// a lane speaks for its warp takes a register, or an election every time, which costs a forward half a per cent.
-__device__ inline void release(Barrier& barrier) {
+// Every thread of a warp: arrives for it, once its lanes have read or written what the barrier guards. Which lane
+// speaks for them is told by its number, which takes a register, or by an election, which takes half a per cent of a
+// forward's time.
+template <bool kByElection = false>
+__device__ void release(Barrier& barrier) {
   __syncwarp();
-  if (threadIdx.x % 32 < kReleasingLanes) {
-    barrier.arrive();
-  }
-}
-__device__ inline void release_by_election(Barrier& barrier) {
-  __syncwarp();
-  if (kReleasingLanes > 1 || cute::elect_one_sync()) {
+  if (kByElection ? kReleasingLanes > 1 || cute::elect_one_sync() : threadIdx.x % 32 < kReleasingLanes) {
     barrier.arrive();
   }
 }
@@ -130,7 +126,6 @@ struct Ring {
   }
   // Consumer, every thread: hands the stage back.
   __device__ void release(RingPosition<kStages> at) { sm90::release(empty[at.stage]); }
-  __device__ void release_by_election(RingPosition<kStages> at) { sm90::release_by_election(empty[at.stage]); }
 };
 
 // The run of tiles that begins in a stage, told to the consumers by the producer: it alone walks the schedule, because

@@ -255,23 +255,31 @@ bool wants_bias_gradient(const Problem& problem) {
   }
 }
 
+// The way for all gradients but a bias's. Two kernels have two products more, but no sums of dQ, which are zeroed,
+// added to and read again: that takes longer where there are many sequences of few keys. In turns the last works end
+// later, by about the time of one, which is much of the whole where there are few (H200, attention.md).
+template <class Variant>
+Way way_of_all(const TensorView& k, std::int64_t width, bool deterministic) {
+  constexpr std::int64_t kFewestWorks = 6, kFewKeys = 256, kFewKeysInTurns = 512;
+  const std::int64_t keys = k.seq();
+  const std::int64_t works = k.batch() * k.heads() * ceil_div<std::int64_t>(keys, Variant::kGradients[0].tile.k);
+  const bool many = works >= kFewestWorks * num_multiprocessors();
+  if (deterministic) {
+    return kCanBeInTurns<Variant> && many && keys > kFewKeysInTurns ? Way::kAtOnceInTurns : Way::kByTwoKernels;
+  }
+  return many && keys <= kFewKeys && width > 64 ? Way::kByTwoKernels : Way::kAtOnce;
+}
+
 // The way for `problem`, of `k`, whose rows are `width` long.
 template <class Variant, class Problem>
 Way way_of(const Problem& problem, const TensorView& k, std::int64_t width) {
   if constexpr (kCanBeAtOnce<Variant>) {
     if (problem.dq.data != nullptr && problem.dk.data != nullptr && problem.dv.data != nullptr &&
         width <= max_head_dim<Variant::kGradients>()) {
-      if (!problem.deterministic) {
-        return wants_bias_gradient(problem) ? Way::kAtOnceWithBias : Way::kAtOnce;
+      if (!wants_bias_gradient(problem)) {
+        return way_of_all<Variant>(k, width, problem.deterministic);
       }
-      // In turns long key tiles begin last under a causal mask, and the time of one is added to the whole: a quarter of
-      // it with 8 works for each multiprocessor, an eighth with 15 (H200, heads one after the other; not measured again
-      // since some are taken together). Two kernels take 1.2 to 1.4 times the time.
-      constexpr std::int64_t kFewestWorks = 12;
-      const std::int64_t works = k.batch() * k.heads() * ceil_div<std::int64_t>(k.seq(), Variant::kGradients[0].tile.k);
-      if (kCanBeInTurns<Variant> && !wants_bias_gradient(problem) && works >= kFewestWorks * num_multiprocessors()) {
-        return Way::kAtOnceInTurns;
-      }
+      return problem.deterministic ? Way::kByTwoKernels : Way::kAtOnceWithBias;
     }
   }
   return Way::kByTwoKernels;

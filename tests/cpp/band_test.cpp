@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "check.hpp"
+#include "turns.hpp"
 
 using namespace fastattn;
 
@@ -92,28 +93,11 @@ const Test visits_no_empty_tile("band: an empty tile is never visited", [] {
   }
 });
 
-// What turns rely on: a query tile waits for as many key tiles as come after this one, and all of them come.
-const Test consecutive_key_tiles("band: a query tile sees consecutive key tiles, the same from both sides", [] {
-  const TileShape tile{8, 16};
+const Test turns("band: key tiles that take turns at a query tile", [] {
   for (const auto& [num_q, num_k] : std::vector<std::pair<int, int>>{{37, 61}, {61, 37}, {64, 64}, {5, 90}, {90, 5}}) {
     for (const auto& [left, right] : windows(num_q, num_k)) {
       const Band band{num_q, num_k, left, right};
-      for (int q_tile = 0; q_tile * tile.q < num_q; ++q_tile) {
-        std::vector<int> seen, seen_from_keys;
-        for_each_tile(band, q_tile, tile, [&](int k_tile, auto, auto) { seen.push_back(k_tile); });
-        for (int k_tile = 0; k_tile * tile.k < num_k; ++k_tile) {
-          for_each_tile(band.transposed(), k_tile, {tile.k, tile.q}, [&](int other, auto, auto) {
-            if (other == q_tile) {
-              seen_from_keys.push_back(k_tile);
-            }
-          });
-        }
-        check(seen == seen_from_keys, describe(band, tile));
-        if (!seen.empty()) {
-          check(band.last_k_tile(q_tile, tile) == seen.back(), describe(band, tile));
-          check(seen.back() - seen.front() + 1 == static_cast<int>(seen.size()), describe(band, tile));
-        }
-      }
+      check_turns(band, {8, 16}, describe(band, {8, 16}));
     }
   }
 });

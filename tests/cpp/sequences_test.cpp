@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "check.hpp"
+#include "turns.hpp"
 
 using namespace fastattn;
 
@@ -87,6 +88,7 @@ const Test exact_in_each_sequence("sequences: each kept score is in one tile, wh
           for (const TileShape tile : {TileShape{4, 4}, {8, 4}, {16, 8}}) {
             check(is_exact(band, tile), "sequence " + std::to_string(sequence));
             check(is_exact(band.transposed(), tile), "transposed sequence " + std::to_string(sequence));
+            check_turns(band, tile, "sequence " + std::to_string(sequence));
             const SequenceOrigin origin = band.key_origin(1, tile);
             check(
                 origin.rows >= 0 && tile.k + origin.rows <= std::max(tile.k, used[static_cast<std::size_t>(sequence)]),

@@ -21,7 +21,10 @@ struct SequenceBand {
 
   FASTATTN_HD constexpr bool keeps(int q, int k) const { return band.keeps(q, k); }
   FASTATTN_HD constexpr bool is_blind(int q) const { return band.is_blind(q); }
-  FASTATTN_HD constexpr Band::Cursor runs(int q_tile, TileShape shape) const { return band.runs(q_tile, shape); }
+  FASTATTN_HD constexpr Band::Cursor runs(int q_tile, TileShape shape) const {
+    return q_tile * shape.q < band.num_q ? band.runs(q_tile, shape) : Band::Cursor{0, 0, 0, 0};
+  }
+  FASTATTN_HD constexpr int last_k_tile(int q_tile, TileShape shape) const { return band.last_k_tile(q_tile, shape); }
   FASTATTN_HD constexpr Band::TileMask tile_mask(int q_tile, int k_tile, TileShape shape, std::uint16_t cells) const {
     return band.tile_mask(q_tile, k_tile, shape, cells);
   }
