@@ -128,6 +128,10 @@ void plan_works(const BackwardProblem<Variant>& problem, int tiles, typename Ker
   }
 }
 
+// Are slots tokens in their order, whatever the tiles are? Two kernels then share what is prepared for one of them.
+template <class Schedules>
+inline constexpr bool kSlotsAreTokens = std::is_same_v<OriginOf<Schedules>, int>;
+
 // One kernel of the backward, with what comes before and after it. `kOwnsKeys`: of key tiles, else of query tiles.
 // `prepared` are the slots of a head whose lse2 and delta lie in the workspace already, 0 if none do.
 template <class Kernel, bool kOwnsKeys, class Variant>
@@ -167,7 +171,7 @@ Status launch_gradients(const BackwardProblem<Variant>& problem, int& prepared, 
   Status status = encode.status;
   if (const int slots = params.q_tiles * kTile.q; status.ok() && slots != prepared) {
     status = prepare<Kernel>(problem, params, stream);
-    prepared = std::is_same_v<OriginOf<Schedules>, int> ? slots : 0;  // else their order depends on the tiles
+    prepared = kSlotsAreTokens<Schedules> ? slots : 0;
   }
   if (status.ok() && Kernel::kStays && params.q_tiles == 0) {  // no row was prepared, and the counter was not
     status = clear(params.workspace.taken, sizeof(int), stream);
@@ -267,7 +271,8 @@ Way way_of_all(const TensorView& k, std::int64_t width, bool deterministic) {
   if (deterministic) {
     return kCanBeInTurns<Variant> && many && keys > kFewKeysInTurns ? Way::kAtOnceInTurns : Way::kByTwoKernels;
   }
-  return many && keys <= kFewKeys && width > 64 ? Way::kByTwoKernels : Way::kAtOnce;
+  const bool few = keys <= kFewKeys && width > 64 && kSlotsAreTokens<typename Variant::Schedule>;
+  return many && few ? Way::kByTwoKernels : Way::kAtOnce;
 }
 
 // The way for `problem`, of `k`, whose rows are `width` long.
