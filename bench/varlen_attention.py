@@ -101,8 +101,9 @@ def _fa4(case: VarlenCase) -> Attention:
     ends = cache(case.cu_seqlens)
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        cu_seqlens = ends(q.device)
-        result = flash_attn_varlen_func(q[0], k[0], v[0], cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens, **options)
+        lengths = {"cu_seqlens_q": ends(q.device), "cu_seqlens_k": ends(q.device)}
+        deterministic = torch.are_deterministic_algorithms_enabled()
+        result = flash_attn_varlen_func(q[0], k[0], v[0], **lengths, **options, deterministic=deterministic)
         return (result[0] if isinstance(result, tuple) else result)[None]
 
     return attend
