@@ -78,15 +78,7 @@ class AttentionProblem final : public Problem {
             .workspace = forward_workspace()};
   }
 
-  fastattn::AttentionBackward backward_problem() const {
-    return {.forward = problem(),
-            .dout = gradients_->dout.view(),
-            .dlse = nullptr,
-            .dq = gradients_->dq.view(),
-            .dk = gradients_->dk.view(),
-            .dv = gradients_->dv.view(),
-            .workspace = gradients_->workspace.get()};
-  }
+  fastattn::AttentionBackward backward_problem() const { return backward_of<fastattn::AttentionBackward>(problem()); }
 
   fastattn::Status run_forward() const override {
     return device_.run([&](const auto& executor) { return fastattn::attention(problem(), executor); });

@@ -25,13 +25,7 @@ class BlockSparseAttentionProblem final : public Problem {
   }
 
   fastattn::BlockSparseAttentionBackward backward_problem() const {
-    return {.forward = problem(),
-            .dout = gradients_->dout.view(),
-            .dlse = nullptr,
-            .dq = gradients_->dq.view(),
-            .dk = gradients_->dk.view(),
-            .dv = gradients_->dv.view(),
-            .workspace = gradients_->workspace.get()};
+    return backward_of<fastattn::BlockSparseAttentionBackward>(problem());
   }
 
   fastattn::Status run_forward() const override {

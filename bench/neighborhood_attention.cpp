@@ -115,13 +115,7 @@ class NeighborhoodAttentionProblem final : public Problem {
   }
 
   fastattn::NeighborhoodAttentionBackward backward_problem() const {
-    return {.forward = problem(),
-            .dout = gradients_->dout.view(),
-            .dlse = nullptr,
-            .dq = gradients_->dq.view(),
-            .dk = gradients_->dk.view(),
-            .dv = gradients_->dv.view(),
-            .workspace = gradients_->workspace.get()};
+    return backward_of<fastattn::NeighborhoodAttentionBackward>(problem());
   }
 
   fastattn::Status run_forward() const override {

@@ -63,6 +63,18 @@ class Problem {
     std::shared_ptr<void> workspace;
   };
 
+  // An op's backward of `forward`, of gradients_; of the output alone, for q, k and v.
+  template <class Backward>
+  Backward backward_of(const decltype(Backward::forward)& forward) const {
+    Backward problem{.forward = forward};
+    problem.dout = gradients_->dout.view();
+    problem.dq = gradients_->dq.view();
+    problem.dk = gradients_->dk.view();
+    problem.dv = gradients_->dv.view();
+    problem.workspace = gradients_->workspace.get();
+    return problem;
+  }
+
   const Device& device_;
   const float scale_, bias_;
   Tensor q_, k_, v_, out_;

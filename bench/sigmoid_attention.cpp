@@ -24,13 +24,7 @@ class SigmoidAttentionProblem final : public Problem {
   }
 
   fastattn::SigmoidAttentionBackward backward_problem() const {
-    return {.forward = problem(),
-            .dout = gradients_->dout.view(),
-            .dq = gradients_->dq.view(),
-            .dk = gradients_->dk.view(),
-            .dv = gradients_->dv.view(),
-            .dbias = nullptr,
-            .workspace = gradients_->workspace.get()};
+    return backward_of<fastattn::SigmoidAttentionBackward>(problem());
   }
 
   fastattn::Status run_forward() const override {

@@ -108,13 +108,7 @@ class VarlenAttentionProblem final : public Problem {
   }
 
   fastattn::VarlenAttentionBackward backward_problem() const {
-    return {.forward = problem(),
-            .dout = gradients_->dout.view(),
-            .dlse = nullptr,
-            .dq = gradients_->dq.view(),
-            .dk = gradients_->dk.view(),
-            .dv = gradients_->dv.view(),
-            .workspace = gradients_->workspace.get()};
+    return backward_of<fastattn::VarlenAttentionBackward>(problem());
   }
 
   fastattn::Status run_forward() const override {

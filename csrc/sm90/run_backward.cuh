@@ -264,7 +264,7 @@ bool wants_bias_gradient(const Problem& problem) {
 // later, by about the time of one, which is much of the whole where there are few (H200, attention.md).
 template <class Variant>
 Way way_of_all(const TensorView& k, std::int64_t width, bool deterministic) {
-  constexpr std::int64_t kFewestWorks = 6, kFewKeys = 256, kFewKeysInTurns = 512;
+  constexpr std::int64_t kFewestWorks = 5, kFewKeys = 256, kFewKeysInTurns = 512;
   const std::int64_t keys = k.seq();
   const std::int64_t works = k.batch() * k.heads() * ceil_div<std::int64_t>(keys, Variant::kGradients[0].tile.k);
   const bool many = works >= kFewestWorks * num_multiprocessors();

@@ -118,7 +118,7 @@ def attention(
             out.
         deterministic: the same gradients, bit for bit, in every run; if None, as torch is told by
             ``torch.use_deterministic_algorithms``. The output always is, and on a CPU so are the gradients; on CUDA
-            those up to ``head_dim`` 128 take 2 to 40 % more time then, the most where there are few keys and heads.
+            those up to ``head_dim`` 128 take up to a third more time then, the most where there are few heads.
         return_lse: return the log-sum-exp of each row as well.
 
     Returns:

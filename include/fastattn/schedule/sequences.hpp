@@ -21,6 +21,7 @@ struct SequenceBand {
 
   FASTATTN_HD constexpr bool keeps(int q, int k) const { return band.keeps(q, k); }
   FASTATTN_HD constexpr bool is_blind(int q) const { return band.is_blind(q); }
+  // A tile past the band's queries visits nothing; the band, which has no such tiles, would visit some in vain.
   FASTATTN_HD constexpr Band::Cursor runs(int q_tile, TileShape shape) const {
     return q_tile * shape.q < band.num_q ? band.runs(q_tile, shape) : Band::Cursor{0, 0, 0, 0};
   }
